@@ -1,0 +1,142 @@
+"""sd-mecha: describe a model merge as a recipe, and merge any number of models in constant memory.
+
+Names are loaded when they are first used, so that `import sd_mecha` is light and the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "2.0.0.dev0"
+
+_METHODS = (
+    "cast",
+    "clamp",
+    "exchange_ema",
+    "fallback",
+    "get_device",
+    "get_dtype",
+    "n_average",
+    "omit_component",
+    "omit_non_finite",
+    "perpendicular_component",
+    "pick_component",
+    "slerp",
+    "stack",
+    "subtract",
+    "ties_sum",
+    "ties_sum_extended",
+    "train_difference_mask",
+    "add_opposite_mask",
+    "add_strict_opposite_mask",
+    "weighted_sum",
+)
+"""Merge methods that are public under their identifiers."""
+
+_WHERE = {
+    "add_difference": "builtin.methods.composed",
+    "add_perpendicular": "builtin.methods.composed",
+    "convert": "conversion",
+    "open_graph": "graph",
+    "set_log_level": "logs",
+    "Defaults": "merging",
+    "merge": "merging",
+    "merge_many": "merging",
+    "plan": "merging",
+    "stream": "merging",
+    "deserialize": "serialization",
+    "deserialize_path": "serialization",
+    "serialize": "serialization",
+    "literal": "recipes.building",
+    "model": "recipes.building",
+    "RecipeNode": "recipes.nodes",
+    "Parameter": "extensions.merge_methods",
+    "RecipeNodeOrValue": "extensions.merge_methods",
+    "Return": "extensions.merge_methods",
+    "StateDict": "extensions.merge_methods",
+    "StateDictKeyError": "extensions.merge_methods",
+    "merge_method": "extensions.merge_methods",
+    "skip_key": "extensions.merge_methods",
+    "value_to_node": "extensions.merge_methods",
+    "KeyMapBuilder": "extensions.key_map",
+    "infer_model_configs": "extensions.model_configs",
+}
+"""Every other public name, and the module that defines it."""
+
+_MODULES = ("errors", "extensions", "keys_map", "recipe_nodes", "serialization", "streaming", "testing")
+
+__all__ = [*_METHODS, *_WHERE, *_MODULES]  # noqa: PLE0604  # all of them are str
+
+if TYPE_CHECKING:
+    from sd_mecha import errors as errors
+    from sd_mecha import extensions as extensions
+    from sd_mecha import keys_map as keys_map
+    from sd_mecha import recipe_nodes as recipe_nodes
+    from sd_mecha import serialization as serialization
+    from sd_mecha import streaming as streaming
+    from sd_mecha import testing as testing
+    from sd_mecha.builtin.methods.bounds import clamp as clamp
+    from sd_mecha.builtin.methods.casting import cast as cast
+    from sd_mecha.builtin.methods.casting import get_device as get_device
+    from sd_mecha.builtin.methods.casting import get_dtype as get_dtype
+    from sd_mecha.builtin.methods.composed import add_difference as add_difference
+    from sd_mecha.builtin.methods.composed import add_perpendicular as add_perpendicular
+    from sd_mecha.builtin.methods.exchange import exchange_ema as exchange_ema
+    from sd_mecha.builtin.methods.linear import n_average as n_average
+    from sd_mecha.builtin.methods.linear import subtract as subtract
+    from sd_mecha.builtin.methods.linear import weighted_sum as weighted_sum
+    from sd_mecha.builtin.methods.masks import add_opposite_mask as add_opposite_mask
+    from sd_mecha.builtin.methods.masks import add_strict_opposite_mask as add_strict_opposite_mask
+    from sd_mecha.builtin.methods.masks import train_difference_mask as train_difference_mask
+    from sd_mecha.builtin.methods.select import fallback as fallback
+    from sd_mecha.builtin.methods.select import omit_component as omit_component
+    from sd_mecha.builtin.methods.select import omit_non_finite as omit_non_finite
+    from sd_mecha.builtin.methods.select import pick_component as pick_component
+    from sd_mecha.builtin.methods.select import stack as stack
+    from sd_mecha.builtin.methods.spherical import perpendicular_component as perpendicular_component
+    from sd_mecha.builtin.methods.spherical import slerp as slerp
+    from sd_mecha.builtin.methods.ties import ties_sum as ties_sum
+    from sd_mecha.builtin.methods.ties import ties_sum_extended as ties_sum_extended
+    from sd_mecha.conversion import convert as convert
+    from sd_mecha.extensions.key_map import KeyMapBuilder as KeyMapBuilder
+    from sd_mecha.extensions.merge_methods import Parameter as Parameter
+    from sd_mecha.extensions.merge_methods import RecipeNodeOrValue as RecipeNodeOrValue
+    from sd_mecha.extensions.merge_methods import Return as Return
+    from sd_mecha.extensions.merge_methods import StateDict as StateDict
+    from sd_mecha.extensions.merge_methods import StateDictKeyError as StateDictKeyError
+    from sd_mecha.extensions.merge_methods import merge_method as merge_method
+    from sd_mecha.extensions.merge_methods import skip_key as skip_key
+    from sd_mecha.extensions.merge_methods import value_to_node as value_to_node
+    from sd_mecha.extensions.model_configs import infer_model_configs as infer_model_configs
+    from sd_mecha.graph import open_graph as open_graph
+    from sd_mecha.logs import set_log_level as set_log_level
+    from sd_mecha.merging import Defaults as Defaults
+    from sd_mecha.merging import merge as merge
+    from sd_mecha.merging import merge_many as merge_many
+    from sd_mecha.merging import plan as plan
+    from sd_mecha.merging import stream as stream
+    from sd_mecha.recipes.building import literal as literal
+    from sd_mecha.recipes.building import model as model
+    from sd_mecha.recipes.nodes import RecipeNode as RecipeNode
+    from sd_mecha.serialization import deserialize as deserialize
+    from sd_mecha.serialization import deserialize_path as deserialize_path
+    from sd_mecha.serialization import serialize as serialize
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _METHODS or name in _WHERE:
+        methods = importlib.import_module(f"{__name__}.extensions.merge_methods")  # also tells recipes of them
+        if name in _METHODS:
+            found = methods.resolve(name)
+        else:
+            found = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

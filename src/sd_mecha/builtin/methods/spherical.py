@@ -1,0 +1,97 @@
+"""Merges that treat a whole tensor as one vector: lengths and angles first, then elementwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sd_mecha.builtin.methods.common import keep_ends, known_number, promoted
+from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
+from sd_mecha.extensions.reductions import Dot
+
+
+def smallest_sine(dtype: torch.dtype) -> float:
+    """The sine below which an angle is lost in the rounding of inner products of that dtype.
+
+    Such an angle is 0, where the weighted sum is the limit anyway, or 180 degrees, where no arc is the
+    shortest.
+    """
+    return 1e-6 if dtype == torch.float64 else 1e-3
+
+
+@merge_method(tiling="elementwise")
+def slerp(
+    a: Parameter(Tensor),
+    b: Parameter(Tensor),
+    alpha: Parameter(Tensor) = 0.5,
+) -> Return(Tensor):
+    """Interpolate two models along the arc between them, tensor by tensor, so that no length is lost.
+
+    Formula: with the angle w between `a` and `b` as flat vectors and unit vectors u, v,
+    `(sin((1 - alpha) w) u + sin(alpha w) v) / sin(w) * ((1 - alpha) |a| + alpha |b|)`.
+    Where the angle is undefined (parallel, opposite or zero tensors) it is the plain weighted sum.
+
+    Args:
+        a: the model at alpha 0; weights or deltas, the same kind as `b`.
+        b: the model at alpha 1.
+        alpha: usually in [0, 1]; any other number goes on along the circle.
+
+    Use when: a weighted sum of two distant models washes out; between close models the two hardly differ.
+    Cost: two passes (three inner products of the whole tensor, then elementwise).
+    Source: Shoemake 1985, "Animating rotation with quaternion curves".
+
+    >>> import sd_mecha
+    >>> a, b = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}
+    >>> sd_mecha.merge(sd_mecha.slerp(sd_mecha.model(a), sd_mecha.model(b)), output_dtype=None)["w"]
+    tensor([1.4142, 1.4142])
+    """
+    a, b = promoted(a, b)
+    number = known_number(alpha)
+    if number == 0.0:
+        return a.clone()
+    if number == 1.0:
+        return b.clone()
+
+    aa, bb, ab = yield Dot(a, a), Dot(b, b), Dot(a, b)
+    t = alpha.to(aa)
+    norm_a, norm_b = aa.sqrt(), bb.sqrt()
+    cosine = torch.clamp(ab / (norm_a * norm_b), -1.0, 1.0)
+    sine = torch.sqrt((1 - cosine) * (1 + cosine))
+    curved = sine > smallest_sine(a.dtype)  # false for NaN too, that is for tensors of zeros
+    angle = torch.atan2(sine, cosine)
+    norm = torch.lerp(norm_a, norm_b, t)
+    weight_a = torch.where(curved, torch.sin((1 - t) * angle) / sine * (norm / norm_a), 1 - t)
+    weight_b = torch.where(curved, torch.sin(t * angle) / sine * (norm / norm_b), t)
+    result = torch.mul(a, weight_a.to(a)).addcmul_(b, weight_b.to(b))
+    return result if number is not None else keep_ends(t, a, b, result)
+
+
+@merge_method(tiling="elementwise")
+def perpendicular_component(
+    a: Parameter(Tensor),
+    b: Parameter(Tensor),
+) -> Return(Tensor):
+    """Take the part of `b` that is orthogonal to `a`, tensor by tensor: what only `b` holds.
+
+    Formula: `b - (a . b) / (a . a) * a`; zeros where `a` is zero.
+
+    Args:
+        a: the direction to leave out, usually a delta.
+        b: the model or delta to take apart, of the same kind.
+
+    Use when: a delta should be added without repeating what another one already does; see
+    `add_perpendicular`.
+    Cost: two passes (two inner products of the whole tensor, then elementwise).
+    Source: Gram-Schmidt orthogonalisation.
+
+    >>> import sd_mecha
+    >>> a, b = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([4.0, 0.0])}
+    >>> part = sd_mecha.perpendicular_component(sd_mecha.model(a), sd_mecha.model(b))
+    >>> sd_mecha.merge(part, output_dtype=None)["w"]
+    tensor([ 2., -2.])
+    """
+    a, b = promoted(a, b)
+    aa, ab = yield Dot(a, a), Dot(a, b)
+    share = torch.where(aa == 0, 0.0, ab / aa)
+    result = torch.addcmul(b, a, -share.to(a))
+    return torch.where(aa == 0, 0.0, result)

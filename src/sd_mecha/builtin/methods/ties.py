@@ -1,0 +1,152 @@
+"""TIES: trim each delta to its largest entries, elect a sign per entry, and merge only what agrees with it.
+
+The trim threshold is the magnitude of one whole tensor's k-th largest entry, so both methods are streamed:
+one pass to find it, one to apply it; the extended one takes another for the inner products of what was kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_mecha.builtin.methods.common import promoted, quotient
+from sd_mecha.builtin.methods.gram import gram_matrix, median_weights, pairs, stock_factor
+from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
+from sd_mecha.extensions.reductions import Dot, KthMagnitude
+
+
+@merge_method(tiling="elementwise")
+def ties_sum(
+    *models: Parameter(Tensor, "delta"),
+    k: Parameter(float) = 1.0,
+    vote_sgn: Parameter(bool) = False,
+    **kwargs: Any,
+) -> Return(Tensor, "delta"):
+    """Merge deltas: trim small entries, elect a sign per entry, average the deltas that have it.
+
+    Formula: keep the `round(k n)` entries of largest magnitude of each delta (at least one, and all that tie
+    with the last); g = the sign that most deltas have (`vote_sgn=False`), or that has the larger total
+    (`True`, as published); result = mean of the kept entries whose sign is g, 0 where there are none or the
+    vote is a draw.
+
+    Args:
+        models: deltas of one base.
+        k: in [0, 1]; the share of entries that each delta keeps; 0.2 is the published default. Above 1 keeps
+            all.
+        vote_sgn: elect the sign of the sum of entries instead of the majority of signs.
+
+    Use when: several fine-tunes interfere with each other; `add_difference_ties` applies it to whole models.
+    Cost: three passes for k below 1 (an exact radix selection, then elementwise), else one.
+    Source: TIES-Merging, arXiv 2306.01708.
+
+    >>> import sd_mecha
+    >>> a, b = ({"w": torch.tensor(v)} for v in ([4.0, 1.0, -3.0], [2.0, -5.0, 0.5]))
+    >>> deltas = [sd_mecha.model(d, merge_space="delta") for d in (a, b)]
+    >>> recipe = sd_mecha.ties_sum(*deltas, k=0.67)
+    >>> sd_mecha.merge(recipe, strict_merge_space="delta", output_dtype=None)["w"]
+    tensor([ 3., -5., -3.])
+    """
+    models = promoted(*_some(models, "ties_sum"))
+    kept_share = _entries(k, kwargs["tile"].numel)
+    if kept_share is not None:
+        thresholds = yield tuple(KthMagnitude(m, kept_share) for m in models)
+        models = _trim(models, thresholds)
+    return _agreed_mean(_agreeing(models, vote_sgn))
+
+
+@merge_method(tiling="elementwise")
+def ties_sum_extended(
+    *models: Parameter(Tensor, "delta"),
+    k: Parameter(float) = 0.2,
+    vote_sgn: Parameter(bool) = False,
+    apply_stock: Parameter(bool) = False,
+    apply_median: Parameter(bool) = False,
+    cos_eps: Parameter(float) = 1e-6,
+    eps: Parameter(float) = 1e-6,
+    maxiter: Parameter(int) = 100,
+    ftol: Parameter(float) = 1e-20,
+    **kwargs: Any,
+) -> Return(Tensor, "delta"):
+    """Merge deltas as `ties_sum` does, and shrink the result by their agreement or take a geometric median.
+
+    Formula: D_i = what `ties_sum` keeps of delta i and averages. With `apply_stock`, the mean times
+    `t = n c / (1 + (n - 1) c)`, c the mean cosine of all pairs D_i, D_j, and t kept within [0, 1]. With
+    `apply_median`, the point with the least sum of distances to the D_i (which `apply_stock` does not
+    change).
+
+    Args:
+        models: deltas of one base.
+        k: in [0, 1]; the share of entries that each delta keeps. Above 1 keeps all.
+        vote_sgn: elect the sign of the sum of entries instead of the majority of signs.
+        apply_stock: multiply by the model-stock factor; one model has factor 1.
+        apply_median: take the geometric median; robust against outliers among the models.
+        cos_eps: the least product of norms a cosine is divided by.
+        eps: the least distance a median step divides by.
+        maxiter: at most this many median steps.
+        ftol: the median stops when the sum of distances changes by a smaller share.
+
+    Use when: TIES alone moves too far (`apply_stock`), or one of many deltas is an outlier (`apply_median`).
+    Cost: as `ties_sum`, and one more pass for the inner products of all pairs.
+    Source: TIES-Merging, arXiv 2306.01708; Model Stock, arXiv 2403.19522; geometric median, arXiv 1912.13445.
+
+    >>> import sd_mecha
+    >>> deltas = [sd_mecha.model({"w": torch.tensor([v, v])}, merge_space="delta") for v in (1.0, 1.0, 9.0)]
+    >>> recipe = sd_mecha.ties_sum_extended(*deltas, k=1.0, apply_median=True)
+    >>> sd_mecha.merge(recipe, strict_merge_space="delta", output_dtype=None)["w"].round(decimals=3)
+    tensor([1., 1.])
+    """
+    models = promoted(*_some(models, "ties_sum_extended"))
+    kept_share = _entries(k, kwargs["tile"].numel)
+    if kept_share is not None:
+        thresholds = yield tuple(KthMagnitude(m, kept_share) for m in models)
+        models = _trim(models, thresholds)
+    kept = _agreeing(models, vote_sgn)
+    if len(kept) == 1 or not (apply_stock or apply_median):
+        return _agreed_mean(kept)
+    products = yield tuple(Dot(kept[i], kept[j]) for i, j in pairs(len(kept)))
+    gram = gram_matrix(products, len(kept))
+    if not apply_median:
+        factor = 1.0 if gram is None else stock_factor(gram, cos_eps)
+        return _agreed_mean(kept).mul_(factor)
+    weights = [1.0] * len(kept) if gram is None else median_weights(gram, eps, maxiter, ftol)
+    result = kept[0] * weights[0]
+    for delta, weight in zip(kept[1:], weights[1:], strict=True):
+        result.add_(delta * weight)
+    return result
+
+
+def _some(models: tuple[Tensor, ...], method: str) -> tuple[Tensor, ...]:
+    if not models:
+        raise ValueError(f"{method}: got no delta; expected at least one")
+    return models
+
+
+def _entries(share: float, numel: int) -> int | None:
+    """How many entries of a delta are kept; None for all of them."""
+    if share < 0:
+        raise ValueError(f"k={share} is negative; expected the share of entries to keep, from 0 to 1")
+    count = max(1, round(share * numel)) if share < 1 else numel
+    return None if count >= numel else count
+
+
+def _trim(models: tuple[Tensor, ...], thresholds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.where(m.abs() >= t.to(m), m, 0.0) for m, t in zip(models, thresholds, strict=True))
+
+
+def _agreeing(models: tuple[Tensor, ...], by_mass: bool) -> list[Tensor]:
+    """The models with every entry set to 0 that has not the elected sign."""
+    votes = models[0].clone() if by_mass else torch.sign(models[0])
+    for model in models[1:]:
+        votes.add_(model if by_mass else torch.sign(model))
+    elected = votes.sign_()
+    return [torch.where(torch.sign(m) == elected, m, 0.0) for m in models]
+
+
+def _agreed_mean(kept: list[Tensor]) -> Tensor:
+    total, count = kept[0].clone(), (kept[0] != 0).to(kept[0].dtype)
+    for delta in kept[1:]:
+        total.add_(delta)
+        count.add_(delta != 0)
+    return quotient(total, count)

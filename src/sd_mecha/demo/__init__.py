@@ -1,0 +1,1 @@
+"""The main job on real data, small enough for any machine: `sd-mecha demo`."""

@@ -1,0 +1,1 @@
+"""Floor 4: from programs to tensors; never sees a recipe."""

@@ -1,0 +1,146 @@
+"""Calling merge methods on values, and checking what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_mecha.errors import ContractError, StateDictKeyError
+from sd_mecha.extensions.model_configs import ModelConfig
+from sd_mecha.extensions.tile import Tile
+from sd_mecha.planning.arguments import Values
+from sd_mecha.planning.keys import identity_relation
+from sd_mecha.planning.program import Arg, Call, Callee, Program
+from sd_mecha.storage.contract import TensorEntry
+
+
+class Missing(Exception):
+    """Something that the running program relies on does not exist after all."""
+
+    def __init__(self, origin: int, keys: tuple[str, ...], reason: str) -> None:
+        super().__init__(reason)
+        self.origin = origin
+        self.keys = keys
+        self.reason = reason
+
+
+class Deferred:
+    """A tensor that is read when a state dict parameter asks for it."""
+
+    __slots__ = ("read",)
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self.read = read
+
+
+class _LazyValues(Values):
+    """A state dict parameter whose values are read on demand."""
+
+    def __init__(self, values: Mapping[str, Any], config: ModelConfig | None, method: str) -> None:
+        super().__init__(values, config, method)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.read() if isinstance(value, Deferred) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+
+class Caller:
+    """Calls the methods of one plan; keeps the one instance per node that class methods have."""
+
+    def __init__(self, callees: Any, validate: bool) -> None:
+        self._callees = callees
+        self._validate = validate
+        self._instances: dict[int, Callable[..., Any]] = {}
+
+    def __call__(
+        self, step: Call, values: MutableMapping[int, Any], program: Program, tile: Tile | None = None
+    ) -> Any:
+        """The raw result: a tensor, a Python value, a dict of them, or a generator of reductions.
+
+        Raises:
+            Missing: the method skips this key.
+        """
+        callee: Callee = self._callees[step.target]
+        method = callee.method
+        args = [self._argument(a, values, program, method.identifier) for a in step.args]
+        kwargs = {n: self._argument(a, values, program, method.identifier) for n, a in step.kwargs}
+        key = program.name(step.key)
+        if method.declaration.accepts_context:
+            kwargs["key"] = key
+            kwargs["key_relation"] = step.relation or identity_relation(method, key)
+            kwargs["cache"] = callee.cache
+            kwargs["output_reused"] = step.reused
+            if tile is not None:
+                kwargs["tile"] = tile
+        try:
+            return self._instance(step.target)(*args, **kwargs)
+        except StateDictKeyError as error:
+            raise skipped(step, key, method.identifier, error) from error
+        except Exception as error:
+            explain_failure(error, f"merge method {method.identifier} failed at key {key!r}")
+            raise
+
+    def method_name(self, step: Call) -> str:
+        return str(self._callees[step.target].method.identifier)
+
+    def unpack(self, step: Call, result: Any, program: Program, specs: Any) -> list[Any]:
+        """The values of a whole-tensor call, one for each of its slots.
+
+        Raises:
+            ContractError: keys or shapes are not those that the method declares.
+        """
+        name = self.method_name(step)
+        if step.relation is not None and isinstance(result, Mapping):
+            outputs = step.relation.outputs
+            if absent := [k for k in outputs if k not in result]:
+                raise ContractError(f"{name} did not return key {absent[0]!r}, which its key map declares")
+            if self._validate and (extra := sorted(result.keys() - set(outputs))):
+                raise ContractError(f"{name} returned key {extra[0]!r}, which its key map does not declare")
+            values = [result[k] for k in outputs]
+        else:
+            values = [result] * len(step.slots)
+        for slot, value in zip(step.slots, values, strict=True):
+            spec = specs[slot]
+            if isinstance(spec, TensorEntry):
+                if not isinstance(value, Tensor):
+                    raise ContractError(f"{name} returned a {type(value).__name__}, expected a tensor")
+                if tuple(value.shape) != spec.shape:
+                    how = "its first input has" if step.assumed else "it returns on the meta device"
+                    raise ContractError(
+                        f"{name} returned shape {tuple(value.shape)} at key {program.name(step.key)!r}, "
+                        f"expected {spec.shape}, as {how}"
+                    )
+        return values
+
+    def _instance(self, target: int) -> Callable[..., Any]:
+        instance = self._instances.get(target)
+        if instance is None:
+            # setdefault is atomic: two workers that come here together end up with the same instance
+            instance = self._instances.setdefault(target, self._callees[target].method.instantiate())
+        return instance
+
+    @staticmethod
+    def _argument(arg: Arg, values: MutableMapping[int, Any], program: Program, method: str) -> Any:
+        if arg.by_key is not None:
+            return _LazyValues({program.name(k): values[s] for k, s in arg.by_key}, arg.config, method)
+        value = values[arg.slot]
+        if arg.convert is not None and isinstance(value, torch.Tensor):
+            return arg.convert(value.item())
+        return value
+
+
+def skipped(step: Call, key: str, method: str, error: StateDictKeyError) -> Missing:
+    keys = (key,) if step.relation is None else step.relation.outputs
+    return Missing(step.origin, keys, f"{method} skips key {error.args[0] if error.args else key!r}")
+
+
+def explain_failure(error: BaseException, text: str) -> None:
+    """Say where an exception of somebody else's code came from, without changing its type."""
+    if hasattr(error, "add_note") and text not in getattr(error, "__notes__", ()):
+        error.add_note(text)

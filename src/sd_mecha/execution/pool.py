@@ -1,0 +1,164 @@
+"""Workers. Each takes the next program; one with a large tensor cuts it into ranges that idle workers help with.
+
+The worker that publishes ranges works on them itself until none is left, so that it never waits for help that does not
+come. The first exception stops all workers; the calling thread stays responsive to ctrl-C throughout.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+L = TypeVar("L")
+J = TypeVar("J")
+
+POLL_SECONDS = 0.1
+
+
+class Stopped(BaseException):
+    """Raised inside workers once the merge has failed or was interrupted."""
+
+
+class _Batch(Generic[L]):
+    """Ranges of one tensor, taken one by one by whoever is free."""
+
+    def __init__(self, tasks: Iterable[Callable[[L], None]]) -> None:
+        self.tasks = deque(tasks)
+        self.running = 0
+
+
+class Pool(Generic[L]):
+    """Runs jobs on `workers` threads (0: in the calling thread), each with a lane of its own.
+
+    Args:
+        make_lane: makes what a worker keeps for itself: buffers, a CUDA stream.
+    """
+
+    def __init__(self, workers: int, make_lane: Callable[[], L]) -> None:
+        self.workers = workers
+        self._make_lane = make_lane
+        self._changed = threading.Condition()
+        self._batches: deque[_Batch[L]] = deque()
+        self._active = 0
+        self._error: BaseException | None = None
+
+    def run(self, jobs: Iterator[J], work: Callable[[L, J], None]) -> None:
+        """Do every job; re-raises the first exception of any of them."""
+        threads_before = torch.get_num_threads()
+        try:
+            if self.workers == 0:
+                torch.set_num_threads(1)
+                lane = self._make_lane()
+                for job in jobs:
+                    work(lane, job)
+                return
+            self._active = self.workers
+            lock = threading.Lock()
+            threads = [
+                threading.Thread(target=self._worker, args=(jobs, lock, work), name=f"sd-mecha-{i}", daemon=True)
+                for i in range(self.workers)
+            ]
+            for thread in threads:
+                thread.start()
+            self._wait(threads)
+        finally:
+            torch.set_num_threads(threads_before)
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self, threads: list[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(POLL_SECONDS)
+        except BaseException as error:  # ctrl-C arrives here: workers stop at their next tile
+            self.stop(error)
+            for thread in threads:
+                thread.join()
+            raise
+
+    def stop(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Called between tiles.
+
+        Raises:
+            Stopped: the merge has failed elsewhere, or was interrupted.
+        """
+        if self._error is not None:
+            raise Stopped
+
+    def share(self, lane: L, tasks: Iterable[Callable[[L], None]]) -> None:
+        """Do all tasks, together with workers that have nothing else to do."""
+        if self.workers < 2:
+            for task in tasks:
+                task(lane)
+            return
+        batch: _Batch[L] = _Batch(tasks)
+        with self._changed:
+            self._batches.append(batch)
+            self._changed.notify_all()
+        while self._take_from(batch, lane):
+            pass
+        with self._changed:
+            self._batches.remove(batch)
+            self._changed.wait_for(lambda: batch.running == 0 or self._error is not None)
+        self.check()
+
+    def _take_from(self, batch: _Batch[L], lane: L) -> bool:
+        with self._changed:
+            if not batch.tasks or self._error is not None:
+                return False
+            task = batch.tasks.popleft()
+            batch.running += 1
+        try:
+            task(lane)
+        except BaseException:
+            with self._changed:
+                batch.tasks.clear()  # the rest of this tensor is in vain
+            raise
+        finally:
+            with self._changed:
+                batch.running -= 1
+                self._changed.notify_all()
+        return True
+
+    def _worker(self, jobs: Iterator[J], lock: threading.Lock, work: Callable[[L, J], None]) -> None:
+        try:
+            torch.set_num_threads(1)
+            lane = self._make_lane()
+            while self._error is None:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    break
+                work(lane, job)
+            self._help(lane)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.stop(error)
+
+    def _help(self, lane: L) -> None:
+        """Nothing is left to start: help with large tensors until every worker has come here."""
+        with self._changed:
+            self._active -= 1
+            self._changed.notify_all()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._batches) or self._active == 0 or self._error is not None)
+                if self._error is not None or not self._batches:
+                    return
+                batch = next((b for b in self._batches if b.tasks), None)
+                if batch is None:
+                    self._changed.wait(POLL_SECONDS)
+                    continue
+            self._take_from(batch, lane)

@@ -1,0 +1,365 @@
+"""Running the stages of one program.
+
+A tile stage passes over its tensor once, or once more for every answer that a streamed reduction is waiting for. In
+each pass only those steps run that lead to an open question; when none is open, all steps run and results are written.
+A tensor that fits one tile answers at once and is read once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sd_mecha.errors import ContractError, StateDictKeyError
+from sd_mecha.execution.evaluate import Caller, Deferred, Missing, explain_failure, skipped
+from sd_mecha.execution.lane import Lane, is_finite, stays_finite
+from sd_mecha.execution.pool import Pool
+from sd_mecha.extensions.reductions import State, as_tuple
+from sd_mecha.extensions.tile import Tile
+from sd_mecha.planning.program import Call, Load, Output, Program, Stage, Step, Store, Tiles, Whole
+from sd_mecha.planning.tiling import last_uses, slots_of
+from sd_mecha.storage.contract import Reader, TensorEntry
+
+SHARED_FROM = 1 << 22  # elements from which a tensor is worth several workers, and what each takes at a time
+
+
+class Sink(Protocol):
+    """Where results go."""
+
+    def write(self, target: int, name: str, start: int, buffer: memoryview) -> None: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What all programs of one merge share."""
+
+    readers: Sequence[Reader]
+    caller: Caller
+    pool: Pool[Lane]
+    sink: Sink
+    tile_bytes: int  # bytes that one worker's tile may hold
+    largest_tile: int
+    check_finite_output: bool
+    warn: Callable[[str], None]
+
+
+class _Questions:
+    """The answers that one streamed call has had so far, and the states of those being worked on."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+        self.states: list[State] | None = None
+        self.single = True
+        self.complete = False  # with these answers the method returns
+        self.lock = threading.Lock()
+
+    def ask(self, request: Any, start: int, numel: int) -> None:
+        """Take one tile of what the method yields."""
+        reductions, single = as_tuple(request)
+        with self.lock:
+            if self.states is None:
+                self.states, self.single = [r.state(numel) for r in reductions], single
+        for reduction, state in zip(reductions, self.states, strict=True):
+            if not isinstance(state, _Known):
+                state.add(reduction, start)
+
+    def conclude(self) -> None:
+        """All tiles were seen: settle what can be settled."""
+        if self.states is None:
+            return
+        for i, state in enumerate(self.states):
+            if not isinstance(state, _Known) and (answer := state.finish()) is not None:
+                self.states[i] = _Known(answer)
+        known = [s.answer for s in self.states if isinstance(s, _Known)]
+        if len(known) == len(self.states):
+            self.answers.append(known[0] if self.single else tuple(known))
+            self.states = None
+
+
+class _Known(State):
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+
+    def add(self, reduction: Any, start: int) -> None: ...
+
+    def finish(self) -> Tensor:
+        return self.answer
+
+
+Part = tuple[Sequence[Step], Sequence[tuple[int, ...]]]
+"""Steps, and what can be freed after each."""
+
+_OPEN = object()  # stands for the result of a call that still waits for an answer
+
+
+@dataclass
+class Run:
+    """One program being run."""
+
+    engine: Engine
+    program: Program
+    values: dict[int, Any] = field(default_factory=dict)  # constants and entire tensors
+    questions: dict[int, _Questions] = field(default_factory=dict)  # by slot of the streamed call
+
+    def __call__(self, lane: Lane) -> None:
+        template = self.program.template
+        self.values.update(template.constants)
+        for stage, frees in zip(template.stages, template.frees, strict=True):
+            self.engine.pool.check()
+            self._stage(stage, lane)
+            for slot in frees:
+                self.values.pop(slot, None)
+
+    def _stage(self, stage: Stage, lane: Lane) -> None:
+        if isinstance(stage, Tiles):
+            self._tiles(stage, lane)
+        elif isinstance(stage, Whole):
+            self._whole(stage.step, lane)
+        else:
+            assert isinstance(stage, Store)
+            output = stage.output
+            value = self.values[output.slot]
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value, dtype=output.entry.dtype)
+            self._write(output, value.reshape(-1), 0, lane)
+
+    # --- entire tensors --------------------------------------------------------------------------------------------
+
+    def _whole(self, step: Load | Call, lane: Lane) -> None:
+        if isinstance(step, Load):
+            flat = self._load(step, lane, 0, step.stored.numel)
+            self.values[step.slot] = flat.reshape(step.stored.shape)
+            return
+        specs = self.program.template.specs
+        result = self.engine.caller(step, self.values, self.program, Tile(0, 1, 1))
+        if hasattr(result, "send"):
+            first = next((self.values[s] for s in step.inputs if isinstance(self.values[s], Tensor)), None)
+            numel = 1 if first is None else max(self._numel(s) for s in step.inputs)
+            result = self._drive_whole(step, result, numel)
+        for slot, value in zip(step.slots, self.engine.caller.unpack(step, result, self.program, specs), strict=True):
+            self.values[slot] = value
+
+    def _drive_whole(self, step: Call, generator: Any, numel: int) -> Any:
+        questions = _Questions()
+        while (result := self._advance(step, generator, questions, 0, numel)) is _OPEN:
+            questions.conclude()
+            generator = self.engine.caller(step, self.values, self.program, Tile(0, numel, numel))
+        return result
+
+    def _numel(self, slot: int) -> int:
+        spec = self.program.template.specs[slot]
+        return spec.numel if isinstance(spec, TensorEntry) else 1
+
+    # --- tiles -----------------------------------------------------------------------------------------------------
+
+    def _tiles(self, stage: Tiles, lane: Lane) -> None:
+        for slot in stage.keeps:
+            entry = self.program.template.specs[slot]
+            assert isinstance(entry, TensorEntry)
+            self.values[slot] = self._empty(entry)
+        if stage.numel == 0:
+            return
+        size = self._tile_size(stage)
+        streamed = [s for s in stage.steps if isinstance(s, Call) and s.why == "streamed reduction"]
+        if stage.numel <= size:
+            self._one_tile(stage, lane)
+            return
+        while True:
+            frontier = self._frontier(streamed, stage)
+            if not frontier:
+                break
+            part = _leading_to(stage, frontier)
+            self._probe(stage, part, frontier, lane, size)
+            if all(self._question(s).complete for s in frontier):
+                continue
+            self._every_tile(stage, lane, size, lambda ln, a, b, part=part: self._evaluate(stage, part, ln, a, b))
+            for step in frontier:
+                self._question(step).conclude()
+        self._every_tile(stage, lane, size, lambda ln, a, b: self._finish(stage, ln, a, b))
+
+    def _tile_size(self, stage: Tiles) -> int:
+        elements = min(self.engine.tile_bytes // max(stage.element_bytes, 1), self.engine.largest_tile)
+        return max(elements // stage.align, 1) * stage.align
+
+    def _every_tile(self, stage: Tiles, lane: Lane, size: int, work: Callable[[Lane, int, int], Any]) -> None:
+        span = max(SHARED_FROM // size, 1) * size
+
+        def part(start: int) -> Callable[[Lane], None]:
+            def run(lane: Lane) -> None:
+                for a in range(start, min(start + span, stage.numel), size):
+                    self.engine.pool.check()
+                    work(lane, a, min(a + size, stage.numel))
+
+            return run
+
+        if stage.numel <= span:
+            part(0)(lane)
+        else:
+            self.engine.pool.share(lane, map(part, range(0, stage.numel, span)))
+
+    def _question(self, step: Call) -> _Questions:
+        return self.questions.setdefault(step.slots[0], _Questions())
+
+    def _frontier(self, streamed: Sequence[Call], stage: Tiles) -> list[Call]:
+        """Streamed calls with an open question whose inputs have none."""
+        unsettled = {s.slots[0] for s in streamed if not self._question(s).complete}
+        if not unsettled:
+            return []
+        depends: set[int] = set()
+        frontier = []
+        for step in stage.steps:
+            if isinstance(step, Call):
+                if depends.isdisjoint(step.inputs):
+                    if step.slots[0] in unsettled:
+                        frontier.append(step)
+                        depends.add(step.slots[0])
+                else:
+                    depends.update(step.slots)
+        return frontier
+
+    def _probe(self, stage: Tiles, part: Part, frontier: Sequence[Call], lane: Lane, size: int) -> None:
+        """See on the first tile whether a call that has had answers is satisfied with them."""
+        if not any(self._question(s).answers for s in frontier):
+            return
+        values = self._evaluate(stage, part, lane, 0, min(size, stage.numel), dry=True)
+        for step in frontier:
+            if values.get(step.slots[0]) is not _OPEN:
+                self._question(step).complete = True
+
+    def _one_tile(self, stage: Tiles, lane: Lane) -> None:
+        """The tile is the whole tensor: answers are there as soon as they are asked for."""
+        self._finish(stage, lane, 0, stage.numel)
+
+    def _finish(self, stage: Tiles, lane: Lane, start: int, stop: int) -> None:
+        values = self._evaluate(stage, (stage.steps, stage.frees), lane, start, stop)
+        for slot in stage.keeps:
+            self.values[slot].reshape(-1)[start:stop] = values[slot].reshape(-1)
+        for output in stage.writes:
+            self._write(output, values[output.slot].reshape(-1), start, lane)
+
+    def _evaluate(
+        self, stage: Tiles, part: Part, lane: Lane, start: int, stop: int, dry: bool = False
+    ) -> dict[int, Any]:
+        """Run steps on one tile; the result of a call with an open question is `_OPEN`."""
+        values = dict(self._tile_constants(stage, start, stop))
+        tile = Tile(start, stop, stage.numel)
+        for step, frees in zip(*part, strict=True):
+            if isinstance(step, Load):
+                if step.slot in stage.deferred:
+                    values[step.slot] = Deferred(lambda s=step: self._shaped(self._load(s, lane, start, stop), stage))
+                else:
+                    values[step.slot] = self._shaped(self._load(step, lane, start, stop), stage)
+            else:
+                values[step.slots[0]] = self._tiled_call(step, values, tile, stage, dry)
+            for slot in frees:
+                values.pop(slot, None)
+        return values
+
+    def _tiled_call(self, step: Call, values: dict[int, Any], tile: Tile, stage: Tiles, dry: bool) -> Any:
+        result = self.engine.caller(step, values, self.program, tile)
+        if hasattr(result, "send"):
+            question = self._question(step)
+            whole = tile.start == 0 and tile.stop == stage.numel
+            if dry:
+                question = _Dry(question)
+            while (outcome := self._advance(step, result, question, tile.start, stage.numel)) is _OPEN and whole:
+                question.conclude()
+                result = self.engine.caller(step, values, self.program, tile)
+            if outcome is _OPEN:
+                return _OPEN
+            result = outcome
+        if not isinstance(result, Tensor) or result.numel() != tile.stop - tile.start:
+            shown = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ContractError(
+                f"{self.engine.caller.method_name(step)} promises to work on tiles, but made {shown} of a tile of "
+                f'{tile.stop - tile.start} elements; declare tiling="whole"'
+            )
+        return result
+
+    def _advance(self, step: Call, generator: Any, question: _Questions, start: int, numel: int) -> Any:
+        """Run a streamed method with the answers so far: its result, or `_OPEN` where it asks for more."""
+        answers: Iterator[Any] = iter([None, *question.answers])
+        name = self.engine.caller.method_name(step)
+        try:
+            for answer in answers:
+                request = generator.send(answer)
+            question.ask(request, start, numel)
+        except StopIteration as stop:
+            return stop.value
+        except StateDictKeyError as error:
+            raise skipped(step, self.program.name(step.key), name, error) from error
+        except Exception as error:
+            explain_failure(error, f"merge method {name} failed at key {self.program.name(step.key)!r}")
+            raise
+        finally:
+            generator.close()
+        return _OPEN
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _load(self, step: Load, lane: Lane, start: int, stop: int) -> Tensor:
+        reader = self.engine.readers[step.reader]
+        name = self.program.name(step.name)
+        tensor = lane.read(reader, step, name, start, stop)
+        if step.guard and not is_finite(tensor):
+            raise Missing(step.origin, (name,), f"{reader.name} holds inf or nan")
+        return tensor
+
+    def _write(self, output: Output, flat: Tensor, start: int, lane: Lane) -> None:
+        name = self.program.name(output.name)
+        dtype = output.entry.dtype
+        if self.engine.check_finite_output and not stays_finite(flat, dtype):
+            self.engine.warn(name)
+        self.engine.sink.write(output.target, name, start * dtype.itemsize, lane.bytes_of(flat, dtype))
+
+    def _empty(self, entry: TensorEntry) -> Tensor:
+        devices = [v.device for v in self.values.values() if isinstance(v, Tensor) and v.device.type != "cpu"]
+        return torch.empty(entry.shape, dtype=entry.dtype, device=devices[0] if devices else None)
+
+    def _tile_constants(self, stage: Tiles, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+        for slot, value in self.values.items():
+            if not isinstance(value, Tensor) or slot in stage.keeps:
+                yield slot, value
+            elif value.numel() == stage.numel and stage.numel != 1:
+                yield slot, self._shaped(value.reshape(-1)[start:stop], stage)
+            else:
+                yield slot, value.reshape(()) if value.numel() == 1 else value
+
+    def _shaped(self, flat: Tensor, stage: Tiles) -> Tensor:
+        if not stage.row:
+            return flat
+        for step in stage.steps:
+            if isinstance(step, Call) and step.why == "rows":
+                entry = self.program.template.specs[step.slots[0]]
+                assert isinstance(entry, TensorEntry)
+                return flat.reshape(-1, *entry.shape[1:])
+        return flat
+
+
+class _Dry(_Questions):
+    """Looks whether a method is satisfied, without taking anything in."""
+
+    def __init__(self, question: _Questions) -> None:
+        super().__init__()
+        self.answers = question.answers
+
+    def ask(self, request: Any, start: int, numel: int) -> None: ...
+
+
+def _leading_to(stage: Tiles, frontier: Sequence[Call]) -> Part:
+    """The steps of a stage that some calls are made from, and these calls."""
+    targets = {s for step in frontier for s in step.slots}
+    needed = set(targets)
+    steps: list[Step] = []
+    for step in reversed(stage.steps):
+        if not needed.isdisjoint(slots_of(step)):
+            steps.append(step)
+            if isinstance(step, Call):
+                needed.update(step.inputs)
+    steps.reverse()
+    return steps, last_uses(steps, targets)

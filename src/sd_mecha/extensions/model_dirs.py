@@ -1,0 +1,78 @@
+"""Directories in which relative model paths are looked up."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from sd_mecha.errors import ModelNotFoundError
+
+_lock = threading.Lock()
+_dirs: list[Path] = []
+
+AnyPath = str | os.PathLike[str]
+
+
+def add_path(path: AnyPath) -> None:
+    """Add a directory, searched after those added before; adding one again changes nothing."""
+    directory = Path(os.path.abspath(os.path.expanduser(path)))
+    with _lock:
+        if directory not in _dirs:
+            _dirs.append(directory)
+
+
+def remove_path(path: AnyPath) -> None:
+    """Take a directory out again; one that was never added is ignored."""
+    directory = Path(os.path.abspath(os.path.expanduser(path)))
+    with _lock:
+        if directory in _dirs:
+            _dirs.remove(directory)
+
+
+def get_all() -> list[Path]:
+    """Return the directories in the order in which they are searched."""
+    with _lock:
+        return list(_dirs)
+
+
+def normalize_path(path: AnyPath) -> Path:
+    """Return where an input path leads.
+
+    A relative path is looked up in the model directories in order, then in the working directory. One that
+    exists nowhere is returned as an absolute path into the first place searched.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_absolute():
+        return path
+    places = [directory / path for directory in _search_path()]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def resolve_input(path: AnyPath) -> Path:
+    """Return the existing file or directory that an input path leads to.
+
+    Raises:
+        ModelNotFoundError: it exists nowhere; the message lists the places searched.
+    """
+    found = normalize_path(path)
+    if found.exists():
+        return found
+    if Path(os.path.expanduser(path)).is_absolute():
+        raise ModelNotFoundError(f"model {str(found)!r} does not exist; check the path")
+    searched = "".join(f"\n  {directory}" for directory in _search_path())
+    raise ModelNotFoundError(
+        f"model {os.fspath(path)!r} does not exist in any of these directories; correct the path, or add the "
+        f"directory that holds it with model_dirs.add_path():{searched}"
+    )
+
+
+def resolve_output(path: AnyPath) -> Path:
+    """Return where an output goes: a relative path into the first model directory, if there is any."""
+    return _search_path()[0] / os.path.expanduser(path)
+
+
+def _search_path() -> list[Path]:
+    directories = get_all()
+    here = Path.cwd()
+    return directories if here in directories else [*directories, here]

@@ -1,0 +1,155 @@
+"""Model formats: how tensors lie in files.
+
+A format recognises paths by content, opens a reader and creates a writer; both are described in
+`sd_mecha.storage.contract`. `find` picks the format of an input, `for_output` that of an output.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sd_mecha.errors import ModelNotFoundError, UnknownFormatError
+from sd_mecha.extensions.legacy_formats import MappingReader, MappingWriter
+from sd_mecha.extensions.model_dirs import AnyPath
+from sd_mecha.extensions.registry import Registry
+from sd_mecha.storage.contract import Reader, Writer
+from sd_mecha.storage.foreign import HEAD_SIZE, describe_foreign
+
+__all__ = ["ModelFormat", "find", "for_output", "get_all", "register_model_format", "resolve"]
+
+
+class ModelFormat:
+    """Base of formats. A subclass overrides `matches`, and `reader`, `writer` or both.
+
+    A format written for sd-mecha 1 overrides `get_read_dict` and `get_write_dict` instead; the defaults of
+    `reader` and `writer` adapt these.
+    """
+
+    identifier: str = ""
+    """Name in the registry and in messages."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of output paths that ask for this format, such as `.safetensors`."""
+
+    def matches(self, path: Path) -> bool:
+        """Tell by content whether an existing path is of this format."""
+        raise NotImplementedError
+
+    def matches_output(self, path: Path) -> bool:
+        """Tell by name whether a path that may not exist yet should be written in this format."""
+        return path.name.lower().endswith(self.suffixes) if self.suffixes else False
+
+    def reader(self, path: Path) -> Reader:
+        """Open a path for reading."""
+        if type(self).get_read_dict is ModelFormat.get_read_dict:
+            raise UnknownFormatError(
+                f"format {self.identifier!r} cannot read {str(path)!r}: it is for writing only"
+            )
+        return MappingReader(self.get_read_dict(path, 2**28), str(path))
+
+    def writer(self, path: Path) -> Writer:
+        """Create the writer of an output path."""
+        if type(self).get_write_dict is ModelFormat.get_write_dict:
+            raise UnknownFormatError(
+                f"format {self.identifier!r} cannot write {str(path)!r}: it is for reading only"
+            )
+        return MappingWriter(lambda config, recipe: self.get_write_dict(path, config, recipe, 2**28))
+
+    def get_read_dict(self, path: Path, buffer_size: int) -> Any:
+        """Return a mapping of key -> tensor (sd-mecha 1)."""
+        raise NotImplementedError
+
+    def get_write_dict(self, path: Path, model_config: Any, mecha_recipe: str, buffer_size: int) -> Any:
+        """Return a mapping that writes the tensors put into it (sd-mecha 1)."""
+        raise NotImplementedError
+
+
+_registry: Registry[ModelFormat] = Registry("model format")
+
+
+def register_model_format(model_format: Any = None, *, identifier: str | None = None) -> Any:
+    """Add a format: a `ModelFormat`, its class, or a function that returns one; works as a decorator too.
+
+    Args:
+        model_format: the format.
+        identifier: its name; by default that of the format, else of the class or function.
+
+    Raises:
+        DuplicateNameError: the name is taken.
+        TypeError: it is no format.
+    """
+    if model_format is None:
+        return lambda decorated: register_model_format(decorated, identifier=identifier)
+    made = model_format() if callable(model_format) else model_format
+    missing = [name for name in ("matches", "reader", "writer") if not callable(getattr(made, name, None))]
+    if missing:
+        raise TypeError(
+            f"a model format needs {', '.join(missing)}; derive {type(made).__name__} from ModelFormat"
+        )
+    own = getattr(made, "identifier", "")
+    name = str(identifier or own or getattr(model_format, "__name__", type(made).__name__))
+    if not own:
+        made.identifier = name
+    _registry.register(name, made)
+    return model_format
+
+
+def resolve(identifier: str) -> ModelFormat:
+    """Return the format of that name.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    return _registry.resolve(identifier)
+
+
+def get_all() -> list[ModelFormat]:
+    """Return all formats in the order in which they are asked."""
+    return _registry.get_all()
+
+
+def find(path: AnyPath) -> ModelFormat:
+    """Return the format of an existing path.
+
+    Raises:
+        UnknownFormatError: no format recognises it; the message says what it looks like and what to do.
+    """
+    path = Path(path)
+    formats = get_all()
+    for model_format in formats:
+        if model_format.matches(path):
+            return model_format
+    known = ", ".join(_registry) or "none"
+    raise UnknownFormatError(
+        f"cannot read {str(path)!r}: it is {_look(path)} (formats that can be read: {known})"
+    )
+
+
+def for_output(path: AnyPath) -> ModelFormat:
+    """Return the format that an output path asks for by its name.
+
+    Raises:
+        UnknownFormatError: none goes by that ending; the message lists those that do.
+    """
+    path = Path(path)
+    for model_format in get_all():
+        if getattr(model_format, "matches_output", model_format.matches)(path):
+            return model_format
+    endings = sorted({suffix for f in get_all() for suffix in getattr(f, "suffixes", ())})
+    has = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
+    raise UnknownFormatError(
+        f"cannot write {str(path)!r}: the name {has}; use one of {', '.join(endings) or '(none known)'}"
+    )
+
+
+def _look(path: Path) -> str:
+    """Return what an unrecognised path is, and what to do about it."""
+    if path.is_dir():
+        return "a directory; name a model file in it"
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_SIZE)
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"model {str(path)!r} does not exist; check the path") from None
+    unknown = "a file of no known format; check that it is a model, and completely downloaded"
+    return describe_foreign(head) or unknown

@@ -1,0 +1,1 @@
+"""Floor 3: from a recipe and file headers to a plan."""

@@ -1,0 +1,148 @@
+"""Arguments of a call while planning: constants as they are, tensors on the meta device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from sd_mecha.errors import ContractError, RecipeTypeError
+from sd_mecha.extensions.key_map import RealizedKeyRelation
+from sd_mecha.extensions.merge_methods import MergeMethod, StateDict
+from sd_mecha.extensions.model_configs import ModelConfig
+from sd_mecha.extensions.tile import Tile
+from sd_mecha.planning.program import Arg
+from sd_mecha.planning.shapes import Spec, hollow, meta
+from sd_mecha.storage.contract import TensorEntry
+
+PLACEHOLDERS: Mapping[Any, Any] = {int: 1, float: 1.0, bool: False, str: ""}
+
+
+class Values(StateDict[Any]):
+    """A state dict parameter whose values are at hand."""
+
+    def __init__(self, values: Mapping[str, Any], config: ModelConfig | None, method: str) -> None:
+        self._values = values
+        self._method = method
+        if config is not None:
+            self.model_config = config
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._values[key]
+        except KeyError:
+            raise ContractError(
+                f"{self._method} reads key {key!r}, which its key map does not name for this output; "
+                f"it names {', '.join(map(repr, list(self._values)[:5])) or 'none'}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """One call with everything that planning knows of its arguments."""
+
+    method: MergeMethod
+    args: tuple[Arg, ...]
+    kwargs: Mapping[str, Arg]
+    specs: Sequence[Spec]
+    constants: Mapping[int, Any]
+    device: torch.device
+    key: str
+    relation: RealizedKeyRelation
+
+    @property
+    def slots(self) -> list[int]:
+        return [s for a in (*self.args, *self.kwargs.values()) for s in a.slots]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the result can be had now: it depends on shapes only, or on constants only."""
+        method = self.method
+        if method.tiling == "shape":
+            return True
+        pure = not (method.declaration.accepts_context or method.streamed or inspect.isclass(method.__wrapped__))
+        return pure and bool(self.slots) and all(s in self.constants for s in self.slots)
+
+    @property
+    def token(self) -> tuple[Any, ...]:
+        """Equal for calls that must give results of equal shapes and dtypes."""
+        return tuple(self._token(a) for a in (*self.args, *self.kwargs.values()))
+
+    def run(self) -> Any:
+        return self._call(lambda entry: hollow(entry, self.device))
+
+    def on_meta(self) -> Any:
+        return self._call(meta)
+
+    def _call(self, make: Any) -> Any:
+        method = self.method
+        args = [self._value(a, make) for a in self.args]
+        kwargs = {name: self._value(a, make) for name, a in self.kwargs.items()}
+        if method.declaration.accepts_context:
+            kwargs |= {"key": self.key, "key_relation": self.relation, "cache": None, "output_reused": False}
+            if method.tiling in ("elementwise", "rows"):
+                first = next((s for s in map(self.specs.__getitem__, self.slots) if isinstance(s, TensorEntry)), None)
+                numel = first.numel if first is not None else 1
+                kwargs["tile"] = Tile(0, numel, numel)
+        return method.instantiate()(*args, **kwargs)
+
+    def _value(self, arg: Arg, make: Any) -> Any:
+        if arg.by_key is not None:
+            values = {self.key if k is None else k: self._slot(s, make) for k, s in arg.by_key}
+            return Values(values, arg.config, self.method.identifier)
+        if arg.convert is not None:
+            return PLACEHOLDERS[arg.convert]
+        return self._slot(arg.slot, make)
+
+    def _slot(self, slot: int, make: Any) -> Any:
+        if slot in self.constants:
+            return self.constants[slot]
+        spec = self.specs[slot]
+        return make(spec) if isinstance(spec, TensorEntry) else PLACEHOLDERS[spec]
+
+    def _token(self, arg: Arg) -> Any:
+        if arg.by_key is not None:
+            return tuple(self._slot_token(s) for _, s in arg.by_key)
+        return arg.convert or self._slot_token(arg.slot)
+
+    def _slot_token(self, slot: int) -> Any:
+        value = self.constants.get(slot)
+        if value is None or isinstance(value, torch.Tensor):
+            return self.specs[slot]
+        return (type(value), repr(value))
+
+
+def convert_constant(value: Any, wanted: Any, merge_dtype: torch.dtype | None) -> Any:
+    """A literal value as the type that a parameter declares.
+
+    Raises:
+        RecipeTypeError: it has no such meaning.
+    """
+    if value is None or isinstance(wanted, TypeVar):
+        return value
+    try:
+        if wanted is torch.Tensor:
+            if isinstance(value, torch.Tensor):
+                return value
+            floating = merge_dtype is not None and merge_dtype.is_floating_point
+            return torch.tensor(float(value), dtype=merge_dtype if floating else torch.float32)
+        if isinstance(value, wanted):
+            return value
+        if wanted is not str and not isinstance(value, str):
+            return wanted(value.item() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise RecipeTypeError(f"the value {value!r} cannot be used as {_name(wanted)}: {error}") from error
+    raise RecipeTypeError(f"the {type(value).__name__} {value!r} cannot be used as {_name(wanted)}")
+
+
+def _name(wanted: Any) -> str:
+    return getattr(wanted, "__name__", str(wanted))

@@ -1,0 +1,159 @@
+"""From solved keys to programs: one for each output key, or for each group of keys that one call makes together.
+
+Most recipes map key k to key k. Their programs differ between keys only by what the sources hold, so keys whose
+sources have equal shapes, dtypes and constants share one template; finding it costs one look at each source.
+Recipes that rename or regroup keys get a template of their own for each key or group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sd_mecha.planning.builder import Builder, Instance, Target, Workbench
+from sd_mecha.planning.program import Program, Template
+from sd_mecha.planning.tiling import cut
+from sd_mecha.planning.unify import Classes
+from sd_mecha.planning.markers import is_marker
+from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
+from sd_mecha.recipes.walk import toposort
+
+
+def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool) -> list[Program]:
+    """The programs that make `keys[i]` of target i, in the order of the keys.
+
+    Problems with shapes are collected in `bench.problems`.
+    """
+    wanted: dict[str, list[int]] = {}
+    for target, names in enumerate(keys):
+        for key in names:
+            wanted.setdefault(key, []).append(target)
+    signatures = [Signatures(bench, target) for target in bench.targets]
+    templates: dict[object, Template] = {}
+    programs: dict[str, Program] = {}
+    renamed: list[str] = []
+    for key, targets in wanted.items():
+        signature = tuple(signatures[target].of(key) for target in targets)
+        if None in signature:
+            renamed.append(key)
+            continue
+        memo = (signature, tuple(targets), is_marker(key))
+        template = templates.get(memo)
+        if template is None:
+            template = templates[memo] = build(bench, {key: targets}, shared_key=key)
+        programs[key] = Program(template, key)
+    for group in _groups(bench, renamed, wanted, memoize):
+        template = build(bench, {key: wanted[key] for key in group})
+        programs[group[0]] = Program(template, group[0])
+    return [programs[key] for key in wanted if key in programs]
+
+
+def build(bench: Workbench, wanted: Mapping[str, Iterable[int]], shared_key: str | None = None) -> Template:
+    """One template that makes some keys of some targets."""
+    builder = Builder(bench, shared_key)
+    for key, targets in wanted.items():
+        for target in targets:
+            builder.add_output(target, key)
+    template = builder.finish()
+    cut(template)
+    return template
+
+
+class Signatures:
+    """What tells the programs of two keys apart, for recipes that map key k to key k."""
+
+    def __init__(self, bench: Workbench, target: Target) -> None:
+        self.models = bench.models
+        self.facts = facts = target.facts
+        self.sources: list[RecipeNode] = []
+        order = toposort(target.root)
+        broadcast = {
+            node
+            for node in order
+            if node in facts.chosen and all(_is_singleton(target, child) for child in node.children)
+        }
+        inside = {child for node in broadcast for child in node.children}
+        for node in order:
+            leaf = not isinstance(node, MergeRecipeNode)
+            mapped = node in facts.chosen or node in facts.realized
+            if (leaf or mapped) and node not in broadcast and not (leaf and node in inside):
+                self.sources.append(node)
+
+    def of(self, key: str) -> tuple[Any, ...] | None:
+        """The signature of a key; None where some source feeds it from another key."""
+        facts, models = self.facts, self.models
+        parts: list[Any] = []
+        for node in self.sources:
+            if key not in facts.available[node]:
+                parts.append(None)
+            elif isinstance(node, ModelRecipeNode):
+                if key in facts.stored.get(node, ()):
+                    return None
+                parts.append(models[node].entries[key])
+            elif isinstance(node, LiteralRecipeNode):
+                parts.append(_value_token(node.value_dict[key]))
+            elif node in facts.chosen:
+                source = facts.chosen[node](key)
+                assert source is not None
+                if source[1] != key:
+                    return None
+                parts.append(source[0].fingerprint)
+            else:
+                relation = facts.realized[node][key]
+                if relation.outputs != (key,) or any(k not in ((key,), ()) for k in relation.inputs.values()):
+                    return None
+                parts.append((tuple(bool(k) for k in relation.inputs.values()), id(relation.meta)))
+        return tuple(parts)
+
+
+def _is_singleton(target: Target, node: RecipeNode) -> bool:
+    return isinstance(node, LiteralRecipeNode) and len(target.configs[node].keys()) == 1
+
+
+def _value_token(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, RecipeNode):
+        return None
+    return (type(value), repr(value))
+
+
+def _groups(
+    bench: Workbench, keys: Sequence[str], wanted: Mapping[str, Sequence[int]], memoize: bool
+) -> Iterator[list[str]]:
+    """Output keys that share a call: one that makes several keys at once, or a result worth keeping."""
+    classes: Classes[None] = Classes()
+    variable = {key: classes.new() for key in keys}
+    maker: dict[object, str] = {}
+    for key in keys:
+        for target in wanted[key]:
+            realized = bench.targets[target].facts.realized
+            for node, at in _calls_below(bench, target, key):
+                relation = realized.get(node, {}).get(at)
+                several = relation is not None and len(relation.outputs) > 1
+                method: Any = node.merge_method
+                if several or (memoize and method.reuse_outputs and method.tiling == "whole"):
+                    token = (target, node, relation.outputs if several and relation is not None else at)
+                    classes.join(variable[maker.setdefault(token, key)], variable[key])
+    groups: dict[int, list[str]] = {}
+    for key in keys:
+        groups.setdefault(classes.find(variable[key]), []).append(key)
+    yield from groups.values()
+
+
+def _calls_below(bench: Workbench, target: int, key: str) -> Iterator[tuple[MergeRecipeNode, str]]:
+    builder = Builder(bench)
+    builder.look_at(target)
+    stack: list[Instance] = [(builder.target.root, key)]
+    seen: set[Instance] = set()
+    while stack:
+        instance = stack.pop()
+        if instance in seen:
+            continue
+        seen.add(instance)
+        node, at = instance
+        if isinstance(node, MergeRecipeNode) and node not in builder.target.facts.chosen:
+            yield node, at
+        stack.extend(builder.needs(instance))

@@ -1,0 +1,91 @@
+"""Shapes before bytes: what a merge method returns for inputs of given shapes, found on torch's meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sd_mecha.errors import MechaError, ShapeError, StateDictKeyError
+from sd_mecha.extensions.reductions import as_tuple
+from sd_mecha.storage.contract import TensorEntry
+from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
+
+Spec = TensorEntry | type
+"""A tensor of that shape and dtype, or a Python value of that type."""
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What a call returns: one spec per output key, and whether it had to be assumed."""
+
+    specs: tuple[Spec, ...]
+    assumed: bool = False
+
+
+def hollow(entry: TensorEntry, device: torch.device) -> torch.Tensor:
+    """A tensor of that shape, dtype and device without memory of its own."""
+    return torch.empty((), dtype=entry.dtype, device=device).expand(entry.shape)
+
+
+def meta(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def infer(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None) -> Inferred:
+    """Run `call`, whose tensors are on the meta device, and read off what it returns.
+
+    A method that looks at values (`.item()`, numpy) cannot run there; it is then assumed to return a tensor like its
+    first input, which the executor checks.
+
+    Raises:
+        ShapeError: the shapes of the inputs do not fit the method.
+    """
+    try:
+        result = _run(call)
+    except (MechaError, StateDictKeyError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _is_shape_error(error):
+            raise ShapeError(str(error).splitlines()[0]) from error
+        if first is None:
+            raise
+        return Inferred((first,) * len(outputs), assumed=True)
+    if isinstance(result, Mapping):
+        return Inferred(tuple(_spec(result[key]) for key in outputs))
+    return Inferred((_spec(result),) * len(outputs))
+
+
+_SHAPE_WORDS = ("size", "shape", "dimension", "broadcast", "sizes")
+
+
+def _is_shape_error(error: RuntimeError) -> bool:
+    text = str(error)
+    return not isinstance(error, NotImplementedError) and any(word in text for word in _SHAPE_WORDS)
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    result = call()
+    if not hasattr(result, "send"):
+        return result
+    answer: Any = None
+    try:
+        while True:
+            reductions, single = as_tuple(result.send(answer))
+            scalars = tuple(torch.empty((), dtype=torch.float64, device="meta") for _ in reductions)
+            answer = scalars[0] if single else scalars
+    except StopIteration as stop:
+        return stop.value
+
+
+def _spec(result: Any) -> Spec:
+    if isinstance(result, torch.Tensor):
+        return TensorEntry(tuple(result.shape), result.dtype)
+    return type(result)
+
+
+def computes(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which arithmetic on values stored as `dtype` is done: fp8 and the like need a wider one."""
+    return torch.float32 if dtype in IS_STORAGE_ONLY else dtype

@@ -1,0 +1,210 @@
+"""Reading `.mecha` text, version 0.1.0.
+
+Reading is linear in the text, evaluates nothing and opens no file. Names are resolved at once, through the
+provider, and merge instructions call the method itself: a text means what the same calls mean in Python. What
+goes wrong is reported with line, column, the line and a caret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from sd_mecha.errors import (
+    RecipeSyntaxError,
+    RecipeTypeError,
+    RecipeVersionError,
+    UnknownNameError,
+)
+from sd_mecha.recipes import provider
+from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode, RecipeNode
+from sd_mecha.recipes.provider import Method, Named
+from sd_mecha.recipes.tokens import Ref, Scalar, Token, parse_bare, shown, split_line
+
+VERSION = "0.1.0"
+
+T = TypeVar("T")
+
+
+def deserialize_text(text: str | Sequence[str]) -> RecipeNode:
+    """Read a recipe from text.
+
+    Args:
+        text: the text, or its lines. Blank lines, comments, CRLF line ends and a byte order mark are fine.
+
+    Raises:
+        RecipeVersionError: the first line is not the header of a version that can be read.
+        RecipeSyntaxError: a line cannot be read, or refers to an instruction that is not above it.
+        RecipeTypeError: a merge method refuses its arguments.
+        UnknownNameError: a method, config or merge space is not registered.
+    """
+    parser = _Parser()
+    for number, line in enumerate(_lines(text), 1):
+        stripped = line.strip(" \t\r")
+        if stripped and stripped[0] != "#":
+            parser.read(line.rstrip(" \t\r"), number)
+    return parser.finish()
+
+
+def _lines(text: object) -> list[str]:
+    if isinstance(text, (list, tuple)) and all(isinstance(line, str) for line in text):
+        text = "\n".join([line.removesuffix("\n") for line in text])
+    if not isinstance(text, str):
+        raise RecipeTypeError(f"a recipe is read from a str or a list of lines, got {type(text).__name__}")
+    return text.removeprefix("\ufeff").split("\n")
+
+
+class _Parser:
+    """The instructions read so far, and where reading stands."""
+
+    def __init__(self) -> None:
+        self._provider = provider.current()
+        self._has_version = False
+        self._results: list[RecipeNode] = []
+        self._methods: dict[str, Method] = {}
+        self._line = ""
+        self._number = 0
+
+    def finish(self) -> RecipeNode:
+        if not self._has_version:
+            raise RecipeVersionError(f"the text is empty: expected 'version {VERSION}' and instructions")
+        if not self._results:
+            raise RecipeSyntaxError("the text holds a version but no instruction: a recipe has at least one")
+        return self._results[-1]
+
+    def read(self, line: str, number: int) -> None:
+        """Read one line that is neither blank nor a comment."""
+        self._line, self._number = line, number
+        if not self._has_version:
+            self._read_version()
+            return
+        start = len(line) - len(line.lstrip(" \t"))
+        end = line.find(" ", start)
+        end = len(line) if end < 0 else end
+        command = line[start:end]
+        read = self._COMMANDS.get(command)
+        if read is None:
+            known = ", ".join(self._COMMANDS)
+            self._fail(f"unknown instruction {command[:40]!r}: expected one of {known}", start + 1)
+        self._results.append(read(self, list(split_line(line, end, number)), start + 1))
+
+    def _read_version(self) -> None:
+        words = self._line.split()
+        if words == ["version", VERSION]:
+            self._has_version = True
+            return
+        if words[0] == "version":
+            message = (
+                f"version {' '.join(words[1:])[:40]!r} cannot be read: this release reads version {VERSION}"
+            )
+        else:
+            message = f"the version is missing: the first line of a recipe is 'version {VERSION}'"
+        raise RecipeVersionError(message, line=self._number, column=1, source=shown(self._line))
+
+    def _read_dict(self, tokens: list[Token], column: int) -> RecipeNode:
+        values: dict[str, Any] = {}
+        for token in tokens:
+            if token.name is None:
+                self._fail("a dict holds key=value pairs, and this has no key", token.column)
+            values[token.name] = self._value(token)
+        return LiteralRecipeNode(values)
+
+    def _read_literal(self, tokens: list[Token], column: int) -> RecipeNode:
+        target, config, space = self._declaration("literal", "a reference to a dict", tokens, column)
+        node = self._value(target)
+        if (
+            not isinstance(node, LiteralRecipeNode)
+            or node.model_config is not None
+            or node.merge_space is not None
+        ):
+            self._fail("a literal takes a reference to a dict instruction, such as &0", target.value_column)
+        return LiteralRecipeNode(node.value_dict, config, space)
+
+    def _read_model(self, tokens: list[Token], column: int) -> RecipeNode:
+        target, config, space = self._declaration("model", "the path of a file", tokens, column)
+        if target.string is None:
+            self._fail("a model takes the path of a file as a quoted string", target.value_column)
+        return ModelRecipeNode(target.string, config, space)
+
+    def _read_merge(self, tokens: list[Token], column: int) -> RecipeNode:
+        if not tokens:
+            self._fail("merge is followed by the name of a method as a quoted string", column)
+        name = tokens[0]
+        if name.name is not None or name.string is None:
+            self._fail("merge is followed by the name of a method as a quoted string", name.column)
+        method = self._methods.get(name.string)
+        if method is None:
+            method = self._methods[name.string] = self._resolve(self._provider.method, name)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for token in tokens[1:]:
+            if token.name is None:
+                args.append(self._value(token))
+            else:
+                kwargs[token.name] = self._value(token)
+        try:
+            return method(*args, **kwargs)
+        except UnknownNameError as error:
+            raise UnknownNameError(self._located(str(error), name.column)) from error
+        except TypeError as error:
+            raise RecipeTypeError(self._located(str(error), name.column)) from error
+
+    _COMMANDS: ClassVar[Mapping[str, Callable[[_Parser, list[Token], int], RecipeNode]]] = {
+        "model": _read_model,
+        "dict": _read_dict,
+        "literal": _read_literal,
+        "merge": _read_merge,
+    }
+
+    def _declaration(
+        self, command: str, expected: str, tokens: list[Token], column: int
+    ) -> tuple[Token, Named | None, Named | None]:
+        """Read `TARGET model_config=... merge_space=...`; both may be absent, or without their name."""
+        if not tokens or tokens[0].name is not None:
+            self._fail(f"{command} is followed by {expected}", tokens[0].column if tokens else column)
+        found: dict[str, Named | None] = {}
+        unnamed = iter(["model_config", "merge_space"])
+        for token in tokens[1:]:
+            name = next(unnamed, "") if token.name is None else token.name
+            if name == "model_config":
+                found[name] = self._named(self._provider.config, token)
+            elif name == "merge_space":
+                found[name] = self._named(self._provider.space, token)
+            else:
+                self._fail(f"{command} takes model_config and merge_space, and nothing else", token.column)
+        return tokens[0], found.get("model_config"), found.get("merge_space")
+
+    def _named(self, lookup: Callable[[str], Named], token: Token) -> Named | None:
+        if token.string is None:
+            if token.bare == "null":
+                return None
+            self._fail('expected null or a name as a "quoted string"', token.value_column)
+        return self._resolve(lookup, token)
+
+    def _resolve(self, lookup: Callable[[str], T], token: Token) -> T:
+        try:
+            return lookup(token.string or "")
+        except UnknownNameError as error:
+            raise UnknownNameError(self._located(str(error), token.value_column)) from error
+
+    def _value(self, token: Token) -> RecipeNode | Scalar:
+        if token.string is not None:
+            return token.string
+        try:
+            value = parse_bare(token.bare)
+        except ValueError as error:
+            self._fail(str(error), token.value_column)
+        if not isinstance(value, Ref):
+            return value
+        count = len(self._results)
+        if 0 <= value < count:
+            return self._results[value]
+        above = f"&0 to &{count - 1}" if count > 1 else "only &0" if count else "none yet"
+        what = "this instruction itself" if value == count else "no instruction above this one"
+        self._fail(f"&{int(value)} refers to {what}: those above are {above}", token.value_column)
+
+    def _located(self, message: str, column: int) -> str:
+        return str(RecipeSyntaxError(message, line=self._number, column=column, source=shown(self._line)))
+
+    def _fail(self, message: str, column: int) -> NoReturn:
+        raise RecipeSyntaxError(message, line=self._number, column=column, source=shown(self._line))

@@ -1,0 +1,70 @@
+"""Recipes to `.mecha` text and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sd_mecha.errors import RecipeFileError
+from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
+from sd_mecha.graph import open_graph
+from sd_mecha.recipes.nodes import RecipeNode
+from sd_mecha.recipes.text import deserialize_text, serialize_text
+
+SUFFIX = ".mecha"
+
+
+def serialize(
+    recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str | os.PathLike[str] | None = None
+) -> str:
+    """Write a recipe as `.mecha` text, version 0.1.0.
+
+    Args:
+        recipe: what to write.
+        finalize: fill in inferred model configs and merge spaces, for which models are opened (headers only);
+            False writes the recipe as it is and opens nothing.
+        output: a file to write the text to as well.
+
+    Raises:
+        RecipeTypeError: the recipe holds tensors or in-memory models, which text cannot.
+        PlanError: it cannot be finalised.
+    """
+    node = value_to_node(recipe)
+    if finalize:
+        serialize_text(node)  # what cannot be written is refused before any file is opened
+        with open_graph(node) as graph:
+            node = graph.finalize_root(check_extra_keys=False, check_mandatory_keys=False)
+    text = serialize_text(node)
+    if output is not None:
+        Path(output).write_text(text, encoding="utf-8", newline="\n")
+    return text
+
+
+def deserialize(recipe: str | Sequence[str]) -> RecipeNode:
+    """Read a recipe from `.mecha` text, or from its lines. No model is opened and nothing is evaluated.
+
+    Raises:
+        RecipeSyntaxError: the text is malformed; the message shows where.
+        UnknownNameError: it names a method, config or merge space that is not registered.
+    """
+    return deserialize_text(recipe)
+
+
+def deserialize_path(recipe: str | os.PathLike[str]) -> RecipeNode:
+    """Read a recipe from a `.mecha` file.
+
+    Raises:
+        RecipeFileError: there is no such file, or it is no `.mecha` text file.
+        RecipeSyntaxError, UnknownNameError: as `deserialize`.
+    """
+    path = Path(recipe)
+    if path.suffix != SUFFIX:
+        raise RecipeFileError(f"{path}: a recipe file ends in {SUFFIX}, this one in {path.suffix or 'nothing'}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise RecipeFileError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeFileError(f"{path}: not a .mecha text: byte {error.start} is not UTF-8") from error
+    return deserialize_text(text)

@@ -1,0 +1,36 @@
+"""Recognising files that are not what their name says, so that the message names what was found."""
+
+from __future__ import annotations
+
+HEAD_SIZE = 256
+"""How many leading bytes `describe_foreign` wants to see."""
+
+_STARTS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer that stands for the model, not the model itself; fetch it with `git lfs pull`",
+    ),
+    (
+        b"PK\x03\x04",
+        "a zip archive, most likely a PyTorch checkpoint; convert it to safetensors first",
+    ),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a Python pickle, most likely an old PyTorch checkpoint; it was not executed; convert it first",
+    ),
+    (b"GGUF", "a GGUF file; convert it to safetensors first"),
+    (b"{", "a JSON text, such as the index of a model in several parts, without tensors in it"),
+)
+_HTML_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
+
+
+def describe_foreign(head: bytes) -> str | None:
+    """What a file that starts with these bytes is, and what to do about it; None if that is not known.
+
+    To be asked only after a file has failed as what it claims to be: a valid file may start with anything.
+    """
+    if not head:
+        return "an empty file (0 bytes): a download or copy that did not finish; fetch it again"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML_STARTS):
+        return "a web page (HTML): the download link wants a login or has expired; download the model again"
+    return next((what for start, what in _STARTS if head.startswith(start)), None)

@@ -1,0 +1,234 @@
+"""What bad texts are answered with, word for word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sd_mecha.errors import (
+    MechaError,
+    RecipeSyntaxError,
+    RecipeTypeError,
+    RecipeVersionError,
+    UnknownNameError,
+)
+from sd_mecha.recipes.text import deserialize_text
+
+SYNTAX = [
+    (
+        'modle "a"',
+        """line 2, column 1: unknown instruction 'modle': expected one of model, dict, literal, merge
+    modle "a"
+    ^""",
+    ),
+    (
+        'model "a',
+        """line 2, column 7: this quote is not closed; a quote inside a string is written \\"
+    model "a
+          ^""",
+    ),
+    (
+        'dict k="a\\"',
+        """line 2, column 8: this quote is not closed; a quote inside a string is written \\"
+    dict k="a\\"
+           ^""",
+    ),
+    (
+        'model "a"\n\n# note\nmerge "subtract" &0 &2',
+        """line 5, column 21: &2 refers to no instruction above this one: those above are only &0
+    merge "subtract" &0 &2
+                        ^""",
+    ),
+    (
+        'model "a"\nmerge "subtract" &0 &1',
+        """line 3, column 21: &1 refers to this instruction itself: those above are only &0
+    merge "subtract" &0 &1
+                        ^""",
+    ),
+    (
+        'model "a"\nmodel "b"\nmerge "subtract" &0 b=&-1',
+        """line 4, column 23: &-1 refers to no instruction above this one: those above are &0 to &1
+    merge "subtract" &0 b=&-1
+                          ^""",
+    ),
+    (
+        'merge "subtract" &0',
+        """line 2, column 18: &0 refers to this instruction itself: those above are none yet
+    merge "subtract" &0
+                     ^""",
+    ),
+    (
+        'model "a"\nmerge "subtract" &zero',
+        """line 3, column 18: '&zero' is no reference: '&' is followed by a number
+    merge "subtract" &zero
+                     ^""",
+    ),
+    (
+        "  dict w=True",
+        """line 2, column 10: cannot read 'True': expected null, true, false, a number, a reference such as \
+&0 or a "quoted string", with spaces and no tabs between values
+      dict w=True
+             ^""",
+    ),
+    (
+        "dict w= 1",
+        """line 2, column 8: a value is missing after '='
+    dict w= 1
+           ^""",
+    ),
+    (
+        "dict 1",
+        """line 2, column 6: a dict holds key=value pairs, and this has no key
+    dict 1
+         ^""",
+    ),
+    (
+        "dict w=" + "9" * 5000,
+        """line 2, column 8: a decimal number of 5000 digits is too long: write it in hexadecimal, 0x...
+    dict w=%s
+           ^"""
+        % ("9" * 5000),
+    ),
+    (
+        "model",
+        """line 2, column 1: model is followed by the path of a file
+    model
+    ^""",
+    ),
+    (
+        'model "a" foo=1',
+        """line 2, column 11: model takes model_config and merge_space, and nothing else
+    model "a" foo=1
+              ^""",
+    ),
+    (
+        'model "a" model_config=5',
+        """line 2, column 24: expected null or a name as a "quoted string"
+    model "a" model_config=5
+                           ^""",
+    ),
+    (
+        "model 5",
+        """line 2, column 7: a model takes the path of a file as a quoted string
+    model 5
+          ^""",
+    ),
+    (
+        'model "a"\nliteral &0',
+        """line 3, column 9: a literal takes a reference to a dict instruction, such as &0
+    literal &0
+            ^""",
+    ),
+    (
+        "merge subtract &0",
+        """line 2, column 7: merge is followed by the name of a method as a quoted string
+    merge subtract &0
+          ^""",
+    ),
+    ("# nothing", "the text holds a version but no instruction: a recipe has at least one"),
+]
+
+
+def failure(body: str, kind: type[MechaError]) -> str:
+    with pytest.raises(kind) as caught:
+        deserialize_text("version 0.1.0\n" + body)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("body", "message"), SYNTAX)
+def test_syntax(body: str, message: str) -> None:
+    assert failure(body, RecipeSyntaxError) == message
+
+
+def test_position_is_also_given_as_numbers() -> None:
+    with pytest.raises(ValueError, match="unknown instruction") as caught:
+        deserialize_text('version 0.1.0\n model "a"\n  what')
+    assert isinstance(caught.value, RecipeSyntaxError)
+    assert (caught.value.line, caught.value.column) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            'model "a"\nmerge "weighted_sun" &0 &0',
+            """line 3, column 7: unknown merge method 'weighted_sun'
+    merge "weighted_sun" &0 &0
+          ^""",
+        ),
+        (
+            'model "a" model_config="nope-nope"',
+            """line 2, column 24: unknown model config 'nope-nope'
+    model "a" model_config="nope-nope"
+                           ^""",
+        ),
+        (
+            'model "a" merge_space="nope"',
+            """line 2, column 23: unknown merge space 'nope'
+    model "a" merge_space="nope"
+                          ^""",
+        ),
+    ],
+)
+def test_unknown_names(body: str, message: str) -> None:
+    assert failure(body, UnknownNameError) == message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            'model "a"\nmerge "weighted_sum" &0',
+            """line 3, column 7: missing a required argument: 'b'
+    merge "weighted_sum" &0
+          ^""",
+        ),
+        (
+            'model "a"\nmerge "weighted_sum" &0 &0 &0 alpha=1',
+            """line 3, column 7: multiple values for argument 'alpha'
+    merge "weighted_sum" &0 &0 &0 alpha=1
+          ^""",
+        ),
+    ],
+)
+def test_arguments_that_a_method_refuses(body: str, message: str) -> None:
+    assert failure(body, RecipeTypeError) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the text is empty: expected 'version 0.1.0' and instructions"),
+        ([], "the text is empty: expected 'version 0.1.0' and instructions"),
+        (
+            'model "a"',
+            """line 1, column 1: the version is missing: the first line of a recipe is 'version 0.1.0'
+    model "a"
+    ^""",
+        ),
+        (
+            'version 9.9.9\nmodel "a"',
+            """line 1, column 1: version '9.9.9' cannot be read: this release reads version 0.1.0
+    version 9.9.9
+    ^""",
+        ),
+    ],
+)
+def test_version(text: Any, message: str) -> None:
+    with pytest.raises(RecipeVersionError) as caught:
+        deserialize_text(text)
+    assert str(caught.value) == message
+    assert isinstance(caught.value, (ValueError, RuntimeError))
+
+
+@pytest.mark.parametrize("text", [b"version 0.1.0", Path("a.mecha"), None, [b"version 0.1.0"]])
+def test_only_text_is_read(text: Any) -> None:
+    with pytest.raises(RecipeTypeError, match="a recipe is read from a str or a list of lines, got"):
+        deserialize_text(text)
+
+
+@pytest.mark.parametrize("body", ['dict w=__import__("os")', "dict w=[1]", "dict w=1+1", "dict w={}"])
+def test_nothing_is_evaluated(body: str) -> None:
+    assert "line 2" in failure(body, RecipeSyntaxError)
