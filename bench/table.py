@@ -55,9 +55,7 @@ def merge_row(case: Case, row: Mapping[str, Any]) -> list[str]:
         met = _verdict(faster >= case.faster, f">= {case.faster:g}x") if case.faster else ""
         cells += [_times(old), f"{faster:.1f}x faster{met}"]
     slower = new / floor
-    cells.append(
-        f"{slower:.2f}x" + (_verdict(slower <= case.floor, f"<= {case.floor:g}x") if case.floor else "")
-    )
+    cells.append(f"{slower:.2f}x" + (_verdict(slower <= case.floor, f"<= {case.floor:g}x") if case.floor else ""))
     met = _verdict(memory <= case.memory, f"<= {_memory(case.memory)}") if case.memory else ""
     cells.append(_memory(memory) + met)
     cells.append(NONE if old is None else _memory(median(old["memory"])))

@@ -36,6 +36,8 @@ _METHODS = (
 
 _WHERE = {
     "add_difference": "builtin.methods.composed",
+    "add_difference_ties": "builtin.methods.composed",
+    "add_difference_ties_extended": "builtin.methods.composed",
     "add_perpendicular": "builtin.methods.composed",
     "convert": "conversion",
     "open_graph": "graph",
@@ -66,7 +68,7 @@ _WHERE = {
 
 _MODULES = ("errors", "extensions", "keys_map", "recipe_nodes", "serialization", "streaming", "testing")
 
-__all__ = [*_METHODS, *_WHERE, *_MODULES]  # noqa: PLE0604  # all of them are str
+__all__ = [*_METHODS, *_WHERE, *_MODULES]  # all of them are str
 
 if TYPE_CHECKING:
     from sd_mecha import errors as errors
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from sd_mecha.builtin.methods.casting import get_device as get_device
     from sd_mecha.builtin.methods.casting import get_dtype as get_dtype
     from sd_mecha.builtin.methods.composed import add_difference as add_difference
+    from sd_mecha.builtin.methods.composed import add_difference_ties as add_difference_ties
+    from sd_mecha.builtin.methods.composed import add_difference_ties_extended as add_difference_ties_extended
     from sd_mecha.builtin.methods.composed import add_perpendicular as add_perpendicular
     from sd_mecha.builtin.methods.exchange import exchange_ema as exchange_ema
     from sd_mecha.builtin.methods.linear import n_average as n_average

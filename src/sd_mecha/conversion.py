@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from sd_mecha.errors import ConfigError
 from sd_mecha.extensions import model_configs
-from sd_mecha.extensions.merge_methods import MergeMethod, RecipeNodeOrValue, get_converter_paths, value_to_node
+from sd_mecha.extensions.merge_methods import (
+    MergeMethod,
+    RecipeNodeOrValue,
+    get_converter_paths,
+    value_to_node,
+)
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.graph import open_graph
 from sd_mecha.recipes.nodes import RecipeNode
@@ -27,10 +32,10 @@ def convert(recipe: RecipeNodeOrValue, config: str | ModelConfig | RecipeNodeOrV
     """
     node = value_to_node(recipe)
     sources = _candidates(node)
-    if isinstance(config, str) or (hasattr(config, "identifier") and hasattr(config, "components")):
-        targets = [model_configs.resolve(config)]  # type: ignore[arg-type]
+    if isinstance(config, str | ModelConfig):
+        targets = [model_configs.resolve(config)]
     else:
-        targets = _candidates(value_to_node(config))  # type: ignore[arg-type]
+        targets = _candidates(value_to_node(config))
     wanted = {c.identifier for c in targets}
     chain = _shortest([c.identifier for c in sources], wanted)
     if chain is None:

@@ -7,7 +7,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import torch
 
 from sd_mecha.errors import OptionError, RecipeTypeError
+from sd_mecha.conversion import convert
 from sd_mecha.execution.run import Runner, RunOptions
 from sd_mecha.extensions import model_dirs, model_formats
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, resolve, value_to_node
 from sd_mecha.options import MergeOptions
-from sd_mecha.planning.builder import Precision
+from sd_mecha.planning.bench import Precision
 from sd_mecha.planning.plan import Plan, PlanOptions, make_plan
 from sd_mecha.progress import NoProgress, RichProgress
 from sd_mecha.recipes.nodes import RecipeNode
 from sd_mecha.recipes.text import serialize_text
 from sd_mecha.storage.contract import Writer
+from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
 
 _logger = logging.getLogger("sd_mecha")
@@ -165,8 +167,6 @@ class Defaults:
         return plan(recipe, **self._with(options))
 
     def convert(self, recipe: RecipeNodeOrValue, config: Any) -> RecipeNode:
-        from sd_mecha.conversion import convert
-
         return convert(recipe, config)
 
     def _with(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,10 @@ def _plan(recipes: Sequence[RecipeNodeOrValue], options: MergeOptions) -> Plan:
         roots,
         PlanOptions(
             Precision(
-                options.merge_device, options.merge_dtype, options.output_dtype, options.omit_non_finite_inputs
+                options.device,
+                options.dtype,
+                parse_dtype(options.output_dtype),
+                options.omit_non_finite_inputs,
             ),
             options.root_spaces(),
             options.strict_mandatory_keys,
@@ -261,14 +264,14 @@ def _run_options(options: MergeOptions) -> RunOptions:
     return RunOptions(
         options.workers(),
         options.total_buffer_size,
-        options.merge_device,  # type: ignore[arg-type]
+        options.device,
         options.check_finite_output,
         options.validate_mm_contract,
     )
 
 
 def _placed(tensor: torch.Tensor, options: MergeOptions) -> torch.Tensor:
-    device = options.output_device if options.output_device is not None else options.merge_device
+    device = options.output_device if options.output_device is not None else options.device
     return tensor if device is None else tensor.to(device)
 
 
@@ -302,8 +305,6 @@ def _progress(options: MergeOptions, planned: Plan) -> _Progress:
     make = RichProgress if options.tqdm is ... else NoProgress if options.tqdm is None else options.tqdm
     bar = make(total=planned.keys, desc="Merging recipe")
     return _Progress(bar.__enter__(), planned)
-
-
 
 
 def _in_turn(planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress) -> Iterator[str]:
@@ -357,5 +358,3 @@ def _ahead(planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _
         stopped.set()
         runner.stop()
         producer.join()
-
-

@@ -93,6 +93,16 @@ class MergeOptions:
             total_buffer_size=int(self.total_buffer_size),
         )
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where to compute."""
+        return None if self.merge_device is None else torch.device(self.merge_device)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What to compute in."""
+        return parse_dtype(self.merge_dtype)
+
     def workers(self) -> int:
         """How many worker threads to start; 0 is the calling thread."""
         return min(os.cpu_count() or 1, 8) if self.threads is None else self.threads

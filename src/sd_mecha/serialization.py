@@ -15,9 +15,7 @@ from sd_mecha.recipes.text import deserialize_text, serialize_text
 SUFFIX = ".mecha"
 
 
-def serialize(
-    recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str | os.PathLike[str] | None = None
-) -> str:
+def serialize(recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str | os.PathLike[str] | None = None) -> str:
     """Write a recipe as `.mecha` text, version 0.1.0.
 
     Args:

@@ -51,9 +51,7 @@ def test_files_are_valid_finite_and_different(tmp_path: Path) -> None:
     assert not torch.equal(states[0]["matrix"], states[1]["matrix"])
 
 
-def test_a_file_longer_than_the_block_of_weights_repeats_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_longer_than_the_block_of_weights_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.files.BLOCK", 64)
     write_model(tmp_path / "m.safetensors", {"w": (100,)}, 0)
     weights = load_file(tmp_path / "m.safetensors")["w"]

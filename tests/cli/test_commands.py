@@ -27,9 +27,7 @@ merge "weighted_sum" &0 &1 alpha=0.25
 def folder(tmp_path: Path) -> Path:
     """Two models, and a recipe that merges them."""
     for name, value in (("a", 1.0), ("b", 3.0)):
-        save_file(
-            {"x": torch.full((4, 3), value), "y": torch.full((5,), value)}, tmp_path / f"{name}.safetensors"
-        )
+        save_file({"x": torch.full((4, 3), value), "y": torch.full((5,), value)}, tmp_path / f"{name}.safetensors")
     write_recipe(tmp_path / "r.mecha", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     return tmp_path
 

@@ -66,9 +66,7 @@ def test_bits_differ_where_values_compare_equal() -> None:
     assert not same_bits({"x": torch.zeros(2)}, {"y": torch.zeros(2)})
 
 
-def test_without_scikit_learn_it_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_scikit_learn_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out")])
     assert result.exit_code == 1

@@ -197,17 +197,13 @@ class TestBuilding:
         assert build_key_map(map_keys, {"m": ABC}, ABC) == identity_key_map(["m"], "abc")
 
     def test_unknown_parameter(self) -> None:
-        with pytest.raises(
-            AttributeError, match=r"'modle'; did you mean 'model'\? \(parameters: 'model', 'n'\)"
-        ):
+        with pytest.raises(AttributeError, match=r"'modle'; did you mean 'model'\? \(parameters: 'model', 'n'\)"):
             builder(model=ABC, n=ABC).modle  # noqa: B018
         assert not hasattr(builder(), "other")
 
     def test_unknown_input_key(self) -> None:
         config = ModelConfigImpl("a-b", {"all": {"layer.0.weight": None}})
-        with pytest.raises(
-            KeyError, match=r"'m'.*'layer\.0\.wieght'.*'a-b'.*did you mean 'layer\.0\.weight'"
-        ):
+        with pytest.raises(KeyError, match=r"'m'.*'layer\.0\.wieght'.*'a-b'.*did you mean 'layer\.0\.weight'"):
             builder(m=config).m.keys["layer.0.wieght"]
         with pytest.raises(ValueError, match=r"'layer\.1'"):
             builder(m=config).keys["layer.1"]

@@ -63,9 +63,7 @@ class TestModelConfigImpl:
         assert made.identifier == identifier
         assert f"{made.get_architecture_identifier()}-{made.get_implementation_identifier()}" == identifier
 
-    @pytest.mark.parametrize(
-        "identifier", ["sd1", "SD1-ldm", "a-b-c", "-b", "a-", "a b-c", "", "a-b\n", None]
-    )
+    @pytest.mark.parametrize("identifier", ["sd1", "SD1-ldm", "a-b-c", "-b", "a-", "a b-c", "", "a-b\n", None])
     def test_bad_identifiers(self, identifier: Any) -> None:
         with pytest.raises(ValueError, match="architecture"):
             config(identifier, "a")
@@ -230,9 +228,7 @@ class TestYaml:
         ]
 
     def test_text(self) -> None:
-        made = ModelConfigImpl(
-            "a-b", {"c": {"k": {"shape": [2], "dtype": "float32", "optional": True}}}, "x.y"
-        )
+        made = ModelConfigImpl("a-b", {"c": {"k": {"shape": [2], "dtype": "float32", "optional": True}}}, "x.y")
         assert mc.to_yaml(made) == (
             "identifier: a-b\n"
             "components:\n"

@@ -48,12 +48,7 @@ def test_absolute_paths_stay(places: Path) -> None:
     model_dirs.add_path(places / "first")
     path = places / "second/a.safetensors"
     path.touch()
-    assert (
-        model_dirs.resolve_input(path)
-        == model_dirs.resolve_output(path)
-        == model_dirs.normalize_path(path)
-        == path
-    )
+    assert model_dirs.resolve_input(path) == model_dirs.resolve_output(path) == model_dirs.normalize_path(path) == path
 
 
 def test_home_is_expanded(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,7 @@ class TestRegistry:
     def test_duplicate_names_both(self) -> None:
         registry: Registry[Any] = Registry("thing")
         registry.register("a", TestRegistry)
-        with pytest.raises(
-            DuplicateNameError, match=r"'a'.*test_registry\.TestRegistry.*test_registry\.install"
-        ):
+        with pytest.raises(DuplicateNameError, match=r"'a'.*test_registry\.TestRegistry.*test_registry\.install"):
             registry.register("a", install)
         assert registry.resolve("a") is TestRegistry
 

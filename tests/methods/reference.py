@@ -167,6 +167,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "cast": lambda a, dtype=None, device=None: a,  # dtypes are compared by the test, not here
     "get_device": lambda a: None,
     "get_dtype": lambda a: None,
+    "scale": per_key(lambda a, alpha=1.0: a * alpha),
     "slerp": per_key(slerp),
     "ties_sum": per_key(ties_sum),
     "ties_sum_extended": per_key(ties_sum_extended),

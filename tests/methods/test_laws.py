@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sd_mecha
+from sd_mecha.builtin.methods import composed
 from tests.methods import reference
 
 FINITE = st.floats(-1e4, 1e4, width=32)
@@ -32,9 +33,9 @@ def merged(method: str, tensors: list[torch.Tensor], space: str = "weight", **op
     nodes = [sd_mecha.model({"w": tensor}, merge_space=space) for tensor in tensors]
     recipe = getattr(sd_mecha, method)(*nodes, **options)
     strict = "param" if method.endswith("mask") else space
-    return sd_mecha.merge(
-        recipe, strict_merge_space=strict, merge_dtype=torch.float64, output_dtype=None, threads=0
-    )["w"]
+    return sd_mecha.merge(recipe, strict_merge_space=strict, merge_dtype=torch.float64, output_dtype=None, threads=0)[
+        "w"
+    ]
 
 
 def assert_close(got: torch.Tensor, expected: Any, tolerance: float = 1e-9) -> None:
@@ -78,15 +79,13 @@ def test_ends_hold_element_by_element(tensors: list[torch.Tensor]) -> None:
 
 
 @given(tensors=vectors(2, min_size=2), alpha=SHARES)
-def test_slerp_keeps_the_length_between_those_of_its_inputs(
-    tensors: list[torch.Tensor], alpha: float
-) -> None:
+def test_slerp_keeps_the_length_between_those_of_its_inputs(tensors: list[torch.Tensor], alpha: float) -> None:
     a, b = tensors
     lengths = float(a.norm()), float(b.norm())
     got = float(merged("slerp", [a, b], alpha=alpha).norm())
     assert got <= max(lengths) * (1 + 1e-6)
     assert_close(
-        torch.tensor(merged("slerp", [a, b], alpha=alpha)),
+        merged("slerp", [a, b], alpha=alpha),
         reference.slerp(*map(np.asarray, (a, b)), alpha),
         1e-5,
     )
@@ -104,7 +103,7 @@ def test_slerp_of_vectors_on_one_line_is_their_weighted_sum(factor: float, dtype
 @given(tensors=vectors(3))
 def test_n_average(tensors: list[torch.Tensor]) -> None:
     assert_close(merged("n_average", tensors), torch.stack(tensors).mean(0))
-    assert_same_bits(merged("n_average", tensors[:1] * 5), tensors[0])
+    assert torch.equal(merged("n_average", tensors[:1] * 5), tensors[0])
 
 
 def test_n_average_in_half_precision_neither_overflows_nor_drifts() -> None:
@@ -121,9 +120,9 @@ def test_differences_add_up(tensors: list[torch.Tensor], alpha: float) -> None:
     assert_close(merged("add_difference", [a, b, c], alpha=alpha), a + alpha * (b - c))
     assert_same_bits(merged("add_difference", [a, b, c], alpha=1.0), a + (b - c))
     nodes = [sd_mecha.model({"w": t}) for t in tensors]
-    operators = sd_mecha.merge(
-        nodes[0] + (nodes[1] - nodes[2]) * alpha, merge_dtype=torch.float64, output_dtype=None
-    )["w"]
+    operators = sd_mecha.merge(nodes[0] + (nodes[1] - nodes[2]) * alpha, merge_dtype=torch.float64, output_dtype=None)[
+        "w"
+    ]
     assert_close(operators, a + alpha * (b - c))
 
 
@@ -135,9 +134,7 @@ def test_clamp_to_ab_stays_between_a_and_b(tensors: list[torch.Tensor], alpha: f
 
 
 @given(tensors=vectors(5), stiffness=SHARES)
-def test_clamp_stays_within_its_bounds_and_is_idempotent(
-    tensors: list[torch.Tensor], stiffness: float
-) -> None:
+def test_clamp_stays_within_its_bounds_and_is_idempotent(tensors: list[torch.Tensor], stiffness: float) -> None:
     bounds = torch.stack(tensors[1:])
     got = merged("clamp", tensors, stiffness=stiffness)
     assert bool(((got >= bounds.amin(0)) & (got <= bounds.amax(0))).all())
@@ -174,9 +171,7 @@ def test_ties(tensors: list[torch.Tensor], k: float, vote: bool) -> None:
     assert_close(got, reference.ties_sum(*arrays, k=k, vote_sgn=vote))
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "kept"), [(100, 0.2, 20), (36, 0.2, 7), (7, 0.5, 4), (10, 0.01, 1), (10, 1.0, 10)]
-)
+@pytest.mark.parametrize(("n", "k", "kept"), [(100, 0.2, 20), (36, 0.2, 7), (7, 0.5, 4), (10, 0.01, 1), (10, 1.0, 10)])
 def test_ties_keeps_exactly_its_share(n: int, k: float, kept: int) -> None:
     delta = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     got = merged("ties_sum", [delta], "delta", k=k)
@@ -244,5 +239,5 @@ def test_a_known_delta_is_not_subtracted_again() -> None:
     base = sd_mecha.model({"w": torch.tensor([1.0])})
     delta = sd_mecha.model({"w": torch.tensor([4.0])}, merge_space="delta")
     tuned = sd_mecha.model({"w": torch.tensor([3.0])})
-    got = sd_mecha.merge(sd_mecha.add_difference_ties(base, delta, tuned), output_dtype=None)["w"]
+    got = sd_mecha.merge(composed.add_difference_ties(base, delta, tuned), output_dtype=None)["w"]
     assert got.item() == 1.0 + (4.0 + 2.0) / 2

@@ -27,20 +27,20 @@ def sd1(**tensors: torch.Tensor) -> Any:
 
 
 def test_fallback_fills_only_the_gaps() -> None:
-    a = {"x": torch.tensor([1.0, float("-0.0")]), "only a": torch.ones(2)}
-    b = {"x": torch.tensor([3.0, 4.0]), "only b": torch.zeros(1)}
-    got = merged(sd_mecha.model(a) | sd_mecha.model(b))
-    assert got.keys() == {"x", "only a", "only b"}
-    assert torch.equal(got["x"].view(torch.int32), a["x"].view(torch.int32))  # the sign of zero survives
-    assert torch.equal(got["only b"], b["only b"])
+    a = {VAE: torch.full((512,), -0.0), UNET: torch.ones(320)}
+    b = {VAE: torch.ones(512), WEIGHT: torch.zeros(320, 4, 3, 3)}
+    got = merged(sd1(**a) | sd1(**b))
+    assert got.keys() == {VAE, UNET, WEIGHT}
+    assert torch.equal(got[VAE].view(torch.int32), a[VAE].view(torch.int32))  # the sign of zero survives
+    assert torch.equal(got[WEIGHT], b[WEIGHT])
 
 
 def test_fallback_of_numbers() -> None:
-    a, b = (sd_mecha.model({"x": torch.tensor([v]), "y": torch.tensor([v])}) for v in (0.0, 8.0))
-    alpha = sd_mecha.literal({"x": 0.25}) | 0.5
+    a, b = (sd1(**{VAE: torch.full((512,), v), UNET: torch.full((320,), v)}) for v in (0.0, 8.0))
+    alpha = sd_mecha.literal({VAE: 0.25}, "sd1-ldm") | 0.5
     got = merged(sd_mecha.weighted_sum(a, b, alpha=alpha))
-    assert got["x"].item() == 2.0
-    assert got["y"].item() == 4.0
+    assert got[VAE].unique().item() == 2.0
+    assert got[UNET].unique().item() == 4.0
 
 
 @pytest.mark.parametrize(("component", "kept"), [("vae", VAE), ("diffuser", WEIGHT)])

@@ -29,7 +29,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.T
 
 def test_the_python_example_and_the_text_give_the_same_right_result(models: dict[str, torch.Tensor]) -> None:
     exec(blocks("python")[0], {})
-    (text,) = (block for block in blocks("") if block.startswith("version"))
+    (text,) = blocks("mecha")
     from_text = sd_mecha.merge(sd_mecha.deserialize(text))
     merged = load_file("merged.safetensors")["weight"]
     expected = models["a"] + 0.8 * (models["b"] - models["base"])
@@ -49,8 +49,6 @@ def test_every_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)", README)
     assert links
     missing = [
-        link
-        for link in links
-        if not link.startswith("http") and not (Path(__file__).parents[2] / link).exists()
+        link for link in links if not link.startswith("http") and not (Path(__file__).parents[2] / link).exists()
     ]
     assert missing == []

@@ -100,9 +100,7 @@ class TestEquality:
 
 class TestModel:
     def test_path_and_str_are_one_model(self) -> None:
-        assert (
-            model(Path("x/a b.safetensors")).path == model("./x//a b.safetensors").path == "x/a b.safetensors"
-        )
+        assert model(Path("x/a b.safetensors")).path == model("./x//a b.safetensors").path == "x/a b.safetensors"
 
     def test_an_address_keeps_its_slashes(self) -> None:
         assert model("https://host/a.safetensors").path == "https://host/a.safetensors"
@@ -177,9 +175,7 @@ class TestMerge:
 
     def test_values_are_refused_where_nodes_belong(self) -> None:
         method = provider.current().method("subtract")
-        with pytest.raises(
-            RecipeTypeError, match="'subtract': the arguments of a merge node are nodes, got float"
-        ):
+        with pytest.raises(RecipeTypeError, match="'subtract': the arguments of a merge node are nodes, got float"):
             MergeRecipeNode.of(method, (model("a"), 0.5), {})  # type: ignore[arg-type]
 
     def test_cache_is_what_the_method_declares(self) -> None:
@@ -211,11 +207,7 @@ class TestOperators:
 
     def test_to_is_cast(self) -> None:
         a = model("a")
-        assert (
-            a.to(dtype=torch.float16)
-            == a.to(dtype="float16")
-            == call("cast", a, device=None, dtype="float16")
-        )
+        assert a.to(dtype=torch.float16) == a.to(dtype="float16") == call("cast", a, device=None, dtype="float16")
         assert a.to(device=torch.device("cpu")) == call("cast", a, device="cpu", dtype=None)
 
 

@@ -46,12 +46,8 @@ def written(node: RecipeNode) -> list[str]:
 
 nasty_text = st.one_of(
     st.text(max_size=8),
-    st.text(
-        st.sampled_from(" =\"\\&#'\n\r\t\x00\x0b\x1c\x85\u2028\ufeff\ud800\udfffnrtu0e9é🙂"), max_size=12
-    ),
-    st.sampled_from(
-        ["null", "true", "1", "&0", "#", "", "key=1", '"', "\\", "\\n", "\\u00e9", "C:\\new\\table"]
-    ),
+    st.text(st.sampled_from(" =\"\\&#'\n\r\t\x00\x0b\x1c\x85\u2028\ufeff\ud800\udfffnrtu0e9é🙂"), max_size=12),
+    st.sampled_from(["null", "true", "1", "&0", "#", "", "key=1", '"', "\\", "\\n", "\\u00e9", "C:\\new\\table"]),
 )
 values = st.one_of(
     st.none(),
@@ -74,9 +70,7 @@ def recipes(draw: st.DrawFn) -> RecipeNode:
         if kind == "model":
             node: RecipeNode = ModelRecipeNode(draw(nasty_text), draw(names), draw(names))
         elif kind in ("dict", "nodes"):
-            items = draw(
-                st.dictionaries(nasty_text, values if kind == "dict" else values | earlier, max_size=4)
-            )
+            items = draw(st.dictionaries(nasty_text, values if kind == "dict" else values | earlier, max_size=4))
             node = LiteralRecipeNode(items, draw(names), draw(names))
         elif kind in ("weighted_sum", "subtract"):
             node = provider.current().method(kind)(draw(earlier), draw(earlier))
@@ -100,9 +94,7 @@ class TestRoundTrip:
         assert deserialize_text(text.splitlines()) == recipe
         assert deserialize_text(text.encode().decode().replace("\n", "\r\n")) == recipe
 
-    @pytest.mark.parametrize(
-        "name", [name for name, case in CASES.items() if case.get("round_trip") == "same text"]
-    )
+    @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("round_trip") == "same text"])
     def test_golden_texts_come_back_byte_for_byte(self, fakes: FakeProvider, name: str) -> None:
         fakes.any_method = True
         assert serialize_text(deserialize_text(golden(name))) == golden(name)
@@ -119,9 +111,7 @@ class TestRoundTrip:
             "finalized_structural",
         ],
     )
-    def test_texts_that_the_last_release_wrote_and_could_not_read(
-        self, fakes: FakeProvider, name: str
-    ) -> None:
+    def test_texts_that_the_last_release_wrote_and_could_not_read(self, fakes: FakeProvider, name: str) -> None:
         fakes.any_method = True
         assert serialize_text(deserialize_text(golden(name))) == golden(name)
 

@@ -77,9 +77,7 @@ def test_many_threads_read_their_own_ranges(file):
 
 
 def test_end_of_file_within_the_range_is_an_error(file):
-    with pytest.raises(
-        ChangedInputError, match=f"{re.escape(file.path)}: ends at byte 2048, expected 52 more"
-    ):
+    with pytest.raises(ChangedInputError, match=f"{re.escape(file.path)}: ends at byte 2048, expected 52 more"):
         read(file, 2000, 100)
 
 

@@ -93,9 +93,7 @@ METADATA = st.dictionaries(st.text('abé"\\\n', max_size=5), st.text('abé"\\\n'
 
 
 @given(state_dicts(), METADATA, st.randoms(use_true_random=False), st.data())
-def test_any_model_written_in_any_order_is_read_by_the_reference(
-    tmp_path_factory, tensors, metadata, rng, data
-):
+def test_any_model_written_in_any_order_is_read_by_the_reference(tmp_path_factory, tensors, metadata, rng, data):
     path = tmp_path_factory.getbasetemp() / "written.safetensors"
     dropped = data.draw(st.sets(st.sampled_from(sorted(tensors)))) if tensors else set()
     chunks = []
@@ -137,9 +135,7 @@ def test_files_of_the_reference_are_read_by_range(tmp_path_factory, tensors, dat
     assert reader.metadata == {"k": "v"}
     for name, tensor in tensors.items():
         content = raw(tensor)
-        begin, end = sorted(
-            (data.draw(st.integers(0, len(content))), data.draw(st.integers(0, len(content))))
-        )
+        begin, end = sorted((data.draw(st.integers(0, len(content))), data.draw(st.integers(0, len(content)))))
         buffer = bytearray(end - begin)
         reader.read_into(name, begin, memoryview(buffer))
         assert buffer == content[begin:end]
@@ -325,9 +321,7 @@ def test_disk_that_fails_at_any_write(tmp_path, monkeypatch, code, step):
     ],
     ids=["dtype", "half bytes", "reserved name", "surrogate", "metadata", "size"],
 )
-def test_what_the_format_cannot_hold_is_refused_before_anything_is_created(
-    tmp_path, name, entry, metadata, message
-):
+def test_what_the_format_cannot_hold_is_refused_before_anything_is_created(tmp_path, name, entry, metadata, message):
     writer = SafetensorsWriter(tmp_path / "model.safetensors")
     with pytest.raises(OutputError, match=message):
         writer.declare({name: entry}, metadata)

@@ -43,9 +43,7 @@ class Loose(ModelConfig):
 
 
 def test_a_sound_config_passes() -> None:
-    check_model_config(
-        ModelConfigImpl("toy-plain", {"net": {"w": metadata("v.w", optional=True), "b": None}})
-    )
+    check_model_config(ModelConfigImpl("toy-plain", {"net": {"w": metadata("v.w", optional=True), "b": None}}))
     keys = {"w": metadata("v.w")}
     check_model_config(Loose("toy-plain", keys, net=keys))
 

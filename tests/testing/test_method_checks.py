@@ -38,7 +38,11 @@ BUILT_IN = [
 
 @pytest.mark.parametrize("method", BUILT_IN)
 def test_built_in_methods_conform(method: merge_methods.MergeMethod) -> None:
-    check_merge_method(method, examples=EXAMPLES.get(method.identifier, [{}]))
+    examples = EXAMPLES.get(method.identifier, [{}])
+    if method.identifier.startswith("ties"):  # several passes over 65,536 counters each
+        check_merge_method(method, examples=examples, shapes=[(), (7,), (33, 65)], dtypes=[torch.float32])
+    else:
+        check_merge_method(method, examples=examples)
 
 
 def make(fn: Any = None, **options: Any) -> Any:
@@ -121,12 +125,8 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "shape", "message"), BROKEN, ids=[method.identifier for method, _, _ in BROKEN]
-)
-def test_broken_promises_are_caught(
-    method: merge_methods.MergeMethod, shape: tuple[int, ...], message: str
-) -> None:
+@pytest.mark.parametrize(("method", "shape", "message"), BROKEN, ids=[method.identifier for method, _, _ in BROKEN])
+def test_broken_promises_are_caught(method: merge_methods.MergeMethod, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ContractError, match=message) as caught:
         check_merge_method(method, shapes=[shape], dtypes=[torch.float32])
     text = str(caught.value)

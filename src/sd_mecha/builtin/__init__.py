@@ -1,6 +1,8 @@
 """The plugs that come with the library. Importing this registers them; configs come first, since methods name them."""
 
 from sd_mecha.builtin import formats as formats  # isort: split
+
 from sd_mecha.builtin import configs as configs  # isort: split
+
 from sd_mecha.builtin import conversions as conversions
 from sd_mecha.builtin import methods as methods

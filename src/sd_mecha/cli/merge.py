@@ -82,9 +82,7 @@ def output_paths(recipes: Sequence[Path], output: str | None) -> list[Path]:
     elif len(recipes) == 1:
         paths = [Path(output)]
     elif Path(output).is_file() or Path(output).suffix == SUFFIX:
-        raise click.UsageError(
-            f"{len(recipes)} recipes cannot go into one file: give a folder instead of {output}"
-        )
+        raise click.UsageError(f"{len(recipes)} recipes cannot go into one file: give a folder instead of {output}")
     else:
         paths = [Path(output) / recipe.with_suffix(SUFFIX).name for recipe in recipes]
     paths = [path.absolute() for path in paths]  # else a relative one would go to the first models dir

@@ -54,9 +54,7 @@ def network() -> nn.Module:
     """An untrained network; the same one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        )
+        return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def trained(state: State, digits: Digits, steps: int) -> dict[str, Tensor]:

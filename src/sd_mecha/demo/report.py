@@ -98,9 +98,7 @@ def merge_models(models: dict[str, Path], folder: Path, test: Digits, goal: floa
     return results
 
 
-def measure(
-    name: str, path: Path, test: Digits, seconds: float | None = None, goal: float | None = None
-) -> Result:
+def measure(name: str, path: Path, test: Digits, seconds: float | None = None, goal: float | None = None) -> Result:
     """Test a saved model on the held-out digits."""
     state = read(path)
     everything, low, high = (accuracy(state, d) for d in (test, test.only(0, 4), test.only(5, 9)))
@@ -115,8 +113,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def same_bits(a: State, b: State) -> bool:
     """Whether two state dicts hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(_bits(a[k]), _bits(b[k]))
-        for k in a
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(_bits(a[k]), _bits(b[k])) for k in a
     )
 
 

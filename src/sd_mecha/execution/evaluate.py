@@ -58,9 +58,7 @@ class Caller:
         self._validate = validate
         self._instances: dict[int, Callable[..., Any]] = {}
 
-    def __call__(
-        self, step: Call, values: MutableMapping[int, Any], program: Program, tile: Tile | None = None
-    ) -> Any:
+    def __call__(self, step: Call, values: MutableMapping[int, Any], program: Program, tile: Tile | None = None) -> Any:
         """The raw result: a tensor, a Python value, a dict of them, or a generator of reductions.
 
         Raises:

@@ -54,7 +54,7 @@ class CudaLane(Lane):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_device(device)
         torch.cuda.set_stream(self.stream)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -136,19 +137,19 @@ class Run:
             self.values[step.slot] = flat.reshape(step.stored.shape)
             return
         specs = self.program.template.specs
-        result = self.engine.caller(step, self.values, self.program, Tile(0, 1, 1))
+        numel = max((self._numel(s) for s in step.inputs), default=1)
+        tile = Tile(0, numel, numel)
+        result = self.engine.caller(step, self.values, self.program, tile)
         if hasattr(result, "send"):
-            first = next((self.values[s] for s in step.inputs if isinstance(self.values[s], Tensor)), None)
-            numel = 1 if first is None else max(self._numel(s) for s in step.inputs)
-            result = self._drive_whole(step, result, numel)
+            result = self._drive_whole(step, result, tile)
         for slot, value in zip(step.slots, self.engine.caller.unpack(step, result, self.program, specs), strict=True):
             self.values[slot] = value
 
-    def _drive_whole(self, step: Call, generator: Any, numel: int) -> Any:
+    def _drive_whole(self, step: Call, generator: Any, tile: Tile) -> Any:
         questions = _Questions()
-        while (result := self._advance(step, generator, questions, 0, numel)) is _OPEN:
+        while (result := self._advance(step, generator, questions, 0, tile.numel)) is _OPEN:
             questions.conclude()
-            generator = self.engine.caller(step, self.values, self.program, Tile(0, numel, numel))
+            generator = self.engine.caller(step, self.values, self.program, tile)
         return result
 
     def _numel(self, slot: int) -> int:
@@ -177,10 +178,10 @@ class Run:
             self._probe(stage, part, frontier, lane, size)
             if all(self._question(s).complete for s in frontier):
                 continue
-            self._every_tile(stage, lane, size, lambda ln, a, b, part=part: self._evaluate(stage, part, ln, a, b))
+            self._every_tile(stage, lane, size, partial(self._evaluate, stage, part))
             for step in frontier:
                 self._question(step).conclude()
-        self._every_tile(stage, lane, size, lambda ln, a, b: self._finish(stage, ln, a, b))
+        self._every_tile(stage, lane, size, partial(self._finish, stage))
 
     def _tile_size(self, stage: Tiles) -> int:
         elements = min(self.engine.tile_bytes // max(stage.element_bytes, 1), self.engine.largest_tile)
@@ -224,8 +225,6 @@ class Run:
 
     def _probe(self, stage: Tiles, part: Part, frontier: Sequence[Call], lane: Lane, size: int) -> None:
         """See on the first tile whether a call that has had answers is satisfied with them."""
-        if not any(self._question(s).answers for s in frontier):
-            return
         values = self._evaluate(stage, part, lane, 0, min(size, stage.numel), dry=True)
         for step in frontier:
             if values.get(step.slots[0]) is not _OPEN:
@@ -251,9 +250,9 @@ class Run:
         for step, frees in zip(*part, strict=True):
             if isinstance(step, Load):
                 if step.slot in stage.deferred:
-                    values[step.slot] = Deferred(lambda s=step: self._shaped(self._load(s, lane, start, stop), stage))
+                    values[step.slot] = Deferred(partial(self._read, stage, step, lane, start, stop))
                 else:
-                    values[step.slot] = self._shaped(self._load(step, lane, start, stop), stage)
+                    values[step.slot] = self._read(stage, step, lane, start, stop)
             else:
                 values[step.slots[0]] = self._tiled_call(step, values, tile, stage, dry)
             for slot in frees:
@@ -329,6 +328,9 @@ class Run:
                 yield slot, self._shaped(value.reshape(-1)[start:stop], stage)
             else:
                 yield slot, value.reshape(()) if value.numel() == 1 else value
+
+    def _read(self, stage: Tiles, step: Load, lane: Lane, start: int, stop: int) -> Tensor:
+        return self._shaped(self._load(step, lane, start, stop), stage)
 
     def _shaped(self, flat: Tensor, stage: Tiles) -> Tensor:
         if not stage.row:

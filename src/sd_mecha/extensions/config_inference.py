@@ -66,9 +66,7 @@ class ConfigIndex:
             try:
                 names = {*config.keys(), *(alias for m in config.keys().values() for alias in m.aliases)}
             except Exception:
-                _logger.exception(
-                    "model config %r cannot be read and is left out of inference", config.identifier
-                )
+                _logger.exception("model config %r cannot be read and is left out of inference", config.identifier)
                 continue
             for name in names:
                 group = (*owners.get(name, ()), config)

@@ -24,9 +24,7 @@ from sd_mecha.extensions.config_types import (
 class _TabledConfig(ModelConfig):
     """A config that holds its keys in tables, so that each lookup is one step."""
 
-    def __init__(
-        self, identifier: str, components: Mapping[str, ModelComponent], handler: Any = None
-    ) -> None:
+    def __init__(self, identifier: str, components: Mapping[str, ModelComponent], handler: Any = None) -> None:
         self._identifier = identifier
         self._components = MappingProxyType(dict(components))
         self._missing_key_handler = handler
@@ -121,9 +119,7 @@ class InferModelConfig(ModelConfig):
         return "infer"
 
     def components(self) -> NoReturn:
-        raise PlanError(
-            "the model config is not inferred yet; ask the finalised recipe for its config instead"
-        )
+        raise PlanError("the model config is not inferred yet; ask the finalised recipe for its config instead")
 
     def __repr__(self) -> str:
         return "<model config 'infer'>"

@@ -73,19 +73,11 @@ def from_yaml(yaml_config: str) -> ModelConfigImpl:
         fields = yaml.load(yaml_config, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise InvalidConfigError(f"not valid YAML: {error}") from error
-    if (
-        not isinstance(fields, dict)
-        or not isinstance(fields.get("components"), dict)
-        or "identifier" not in fields
-    ):
-        raise InvalidConfigError(
-            "a config needs the fields `identifier` and `components` (name -> key -> metadata)"
-        )
+    if not isinstance(fields, dict) or not isinstance(fields.get("components"), dict) or "identifier" not in fields:
+        raise InvalidConfigError("a config needs the fields `identifier` and `components` (name -> key -> metadata)")
     unknown = fields.keys() - {"identifier", "components", "missing_key_handler"}
     if unknown:
-        raise InvalidConfigError(
-            f"unknown field {min(map(str, unknown))!r} in config {fields['identifier']!r}"
-        )
+        raise InvalidConfigError(f"unknown field {min(map(str, unknown))!r} in config {fields['identifier']!r}")
     fields["components"] = {name: component or {} for name, component in fields["components"].items()}
     return ModelConfigImpl(**fields)
 
@@ -93,9 +85,7 @@ def from_yaml(yaml_config: str) -> ModelConfigImpl:
 def to_yaml(model_config: ModelConfig) -> str:
     """Return the text of a config, which `from_yaml` reads back to an equal one."""
     dumper = _dumper()
-    return str(
-        yaml.dump(serialize(model_config), Dumper=dumper, sort_keys=False, width=2**20, allow_unicode=True)
-    )
+    return str(yaml.dump(serialize(model_config), Dumper=dumper, sort_keys=False, width=2**20, allow_unicode=True))
 
 
 class _Row(dict[str, Any]):
@@ -133,16 +123,12 @@ def serialize(obj: Any) -> Any:
                 handler if isinstance(handler, str) else f"{handler.__module__}.{handler.__qualname__}"
             )
         return plain
-    raise TypeError(
-        f"expected a model config, a component or the metadata of a key, got {type(obj).__name__}"
-    )
+    raise TypeError(f"expected a model config, a component or the metadata of a key, got {type(obj).__name__}")
 
 
 def _dumper() -> type[yaml.SafeDumper]:
     class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
         pass
 
-    Dumper.add_representer(
-        _Row, lambda d, row: d.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
-    )
+    Dumper.add_representer(_Row, lambda d, row: d.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True))
     return Dumper

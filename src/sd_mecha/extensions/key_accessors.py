@@ -75,20 +75,12 @@ class AllKeysAccessor:
 
     def _keys(self) -> Mapping[str, KeyMetadata]:
         if self._shared is None:
-            named = {
-                param: config for param, config in self._builder.input_configs.items() if config is not None
-            }
-            configs = {
-                param: config if isinstance(config, tuple) else (config,) for param, config in named.items()
-            }
+            named = {param: config for param, config in self._builder.input_configs.items() if config is not None}
+            configs = {param: config if isinstance(config, tuple) else (config,) for param, config in named.items()}
             flat = [config for group in configs.values() for config in group]
             if len({config.identifier for config in flat}) > 1:
-                listed = ", ".join(
-                    f"{p}: {'/'.join(c.identifier for c in group)}" for p, group in configs.items()
-                )
-                raise KeyMapError(
-                    f"`builder.keys` needs inputs of one config, got {listed}; use `builder.PARAM.keys`"
-                )
+                listed = ", ".join(f"{p}: {'/'.join(c.identifier for c in group)}" for p, group in configs.items())
+                raise KeyMapError(f"`builder.keys` needs inputs of one config, got {listed}; use `builder.PARAM.keys`")
             self._configs = flat
             self._shared = _common_keys(flat)
         return self._shared

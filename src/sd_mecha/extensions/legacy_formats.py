@@ -21,9 +21,7 @@ class MappingReader:
         self._mapping = mapping
         self._lock = threading.Lock()
         self._last: tuple[str, torch.Tensor] | None = None
-        items: Mapping[str, Any] = (
-            mapping.metadata() if hasattr(mapping, "metadata") else dict(mapping.items())
-        )
+        items: Mapping[str, Any] = mapping.metadata() if hasattr(mapping, "metadata") else dict(mapping.items())
         self.entries: Mapping[str, TensorEntry] = {
             key: TensorEntry(tuple(about.shape), about.dtype) for key, about in items.items()
         }
@@ -62,9 +60,7 @@ class MappingWriter:
 
     def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
         self._entries = dict(entries)
-        config = StructuralModelConfig(
-            {k: KeyMetadata(entry.shape, entry.dtype) for k, entry in entries.items()}
-        )
+        config = StructuralModelConfig({k: KeyMetadata(entry.shape, entry.dtype) for k, entry in entries.items()})
         self._mapping = self._open(config, metadata.get("mecha_recipe", ""))
 
     def write(self, name: str, start: int, buffer: memoryview) -> None:

@@ -132,7 +132,4 @@ def candidates(keys: Collection[str]) -> dict[ModelConfig, float]:
 def infer_model_configs(keys: Collection[str]) -> list[set[ModelConfig]]:
     """Return the candidates of a state dict from best to worst, those that fit equally well in one set."""
     shares = candidates(keys)
-    return [
-        {config for config, other in shares.items() if other == share}
-        for share in sorted(set(shares.values()))
-    ]
+    return [{config for config, other in shares.items() if other == share} for share in sorted(set(shares.values()))]

@@ -42,17 +42,13 @@ class ModelFormat:
     def reader(self, path: Path) -> Reader:
         """Open a path for reading."""
         if type(self).get_read_dict is ModelFormat.get_read_dict:
-            raise UnknownFormatError(
-                f"format {self.identifier!r} cannot read {str(path)!r}: it is for writing only"
-            )
+            raise UnknownFormatError(f"format {self.identifier!r} cannot read {str(path)!r}: it is for writing only")
         return MappingReader(self.get_read_dict(path, 2**28), str(path))
 
     def writer(self, path: Path) -> Writer:
         """Create the writer of an output path."""
         if type(self).get_write_dict is ModelFormat.get_write_dict:
-            raise UnknownFormatError(
-                f"format {self.identifier!r} cannot write {str(path)!r}: it is for reading only"
-            )
+            raise UnknownFormatError(f"format {self.identifier!r} cannot write {str(path)!r}: it is for reading only")
         return MappingWriter(lambda config, recipe: self.get_write_dict(path, config, recipe, 2**28))
 
     def get_read_dict(self, path: Path, buffer_size: int) -> Any:
@@ -83,9 +79,7 @@ def register_model_format(model_format: Any = None, *, identifier: str | None = 
     made = model_format() if callable(model_format) else model_format
     missing = [name for name in ("matches", "reader", "writer") if not callable(getattr(made, name, None))]
     if missing:
-        raise TypeError(
-            f"a model format needs {', '.join(missing)}; derive {type(made).__name__} from ModelFormat"
-        )
+        raise TypeError(f"a model format needs {', '.join(missing)}; derive {type(made).__name__} from ModelFormat")
     own = getattr(made, "identifier", "")
     name = str(identifier or own or getattr(model_format, "__name__", type(made).__name__))
     if not own:
@@ -120,9 +114,7 @@ def find(path: AnyPath) -> ModelFormat:
         if model_format.matches(path):
             return model_format
     known = ", ".join(_registry) or "none"
-    raise UnknownFormatError(
-        f"cannot read {str(path)!r}: it is {_look(path)} (formats that can be read: {known})"
-    )
+    raise UnknownFormatError(f"cannot read {str(path)!r}: it is {_look(path)} (formats that can be read: {known})")
 
 
 def for_output(path: AnyPath) -> ModelFormat:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,11 +44,11 @@ class ParameterData:
     merge_space: Spaces | None
     model_config: ModelConfig | None
 
-    @property
+    @cached_property
     def is_state_dict(self) -> bool:
         return typing.get_origin(self.interface) is StateDict
 
-    @property
+    @cached_property
     def value_type(self) -> Any:
         """The type of one key's value: `StateDict[X]` is X."""
         return typing.get_args(self.interface)[0] if self.is_state_dict else self.interface
@@ -155,7 +156,8 @@ class FunctionArgs(Generic[T]):
     def as_dict(self, args_count: int | None = None) -> dict[int | str, T]:
         """Facts by position (int) and by keyword (str)."""
         positional: dict[int | str, T] = dict(enumerate(self.args_varargs(args_count)))
-        return {**positional, **self.kwargs}
+        positional.update(self.kwargs)
+        return positional
 
 
 @dataclass(frozen=True)

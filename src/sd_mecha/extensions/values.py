@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from sd_mecha.errors import RecipeError, RecipeTypeError
-from sd_mecha.recipes import provider
-from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.extensions import merge_spaces, model_configs
 from sd_mecha.extensions.parameters import StateDict, type_name
+from sd_mecha.recipes import provider
+from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode, RecipeNode
 
 Scalar = None | bool | int | float | str | torch.Tensor
 RecipeNodeOrValue = RecipeNode | Scalar | Mapping[str, Any] | pathlib.Path
@@ -100,7 +100,7 @@ class _Provider:
     """What `recipes` needs to know of the sockets above it."""
 
     def method(self, identifier: str) -> Any:
-        from . import merge_methods
+        from sd_mecha.extensions import merge_methods
 
         return merge_methods.resolve(identifier)
 

@@ -14,6 +14,7 @@ from sd_mecha.extensions.key_map import RealizedKeyRelation
 from sd_mecha.extensions.merge_methods import MergeMethod, StateDict
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.extensions.tile import Tile
+from sd_mecha.planning.keys import identity_relation
 from sd_mecha.planning.program import Arg
 from sd_mecha.planning.shapes import Spec, hollow, meta
 from sd_mecha.storage.contract import TensorEntry
@@ -46,7 +47,7 @@ class Values(StateDict[Any]):
         return len(self._values)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PlannedCall:
     """One call with everything that planning knows of its arguments."""
 
@@ -57,11 +58,16 @@ class PlannedCall:
     constants: Mapping[int, Any]
     device: torch.device
     key: str
-    relation: RealizedKeyRelation
+    relation: RealizedKeyRelation | None
 
     @property
     def slots(self) -> list[int]:
         return [s for a in (*self.args, *self.kwargs.values()) for s in a.slots]
+
+    @property
+    def first_tensor(self) -> TensorEntry | None:
+        entries = (self.specs[s] for s in self.slots)
+        return next((e for e in entries if isinstance(e, TensorEntry)), None)
 
     @property
     def is_constant(self) -> bool:
@@ -72,27 +78,26 @@ class PlannedCall:
         pure = not (method.declaration.accepts_context or method.streamed or inspect.isclass(method.__wrapped__))
         return pure and bool(self.slots) and all(s in self.constants for s in self.slots)
 
-    @property
-    def token(self) -> tuple[Any, ...]:
-        """Equal for calls that must give results of equal shapes and dtypes."""
-        return tuple(self._token(a) for a in (*self.args, *self.kwargs.values()))
-
     def run(self) -> Any:
         return self._call(lambda entry: hollow(entry, self.device))
 
     def on_meta(self) -> Any:
+        """The result for tensors without values."""
         return self._call(meta)
+
+    def on_sample(self) -> Any:
+        """The result for one element of each tensor, from which the dtype of an elementwise result can be told."""
+        return self._call(lambda entry: torch.ones(1, dtype=entry.dtype))
 
     def _call(self, make: Any) -> Any:
         method = self.method
         args = [self._value(a, make) for a in self.args]
         kwargs = {name: self._value(a, make) for name, a in self.kwargs.items()}
         if method.declaration.accepts_context:
-            kwargs |= {"key": self.key, "key_relation": self.relation, "cache": None, "output_reused": False}
+            relation = self.relation or identity_relation(method, self.key)
+            kwargs |= {"key": self.key, "key_relation": relation, "cache": None, "output_reused": False}
             if method.tiling in ("elementwise", "rows"):
-                first = next((s for s in map(self.specs.__getitem__, self.slots) if isinstance(s, TensorEntry)), None)
-                numel = first.numel if first is not None else 1
-                kwargs["tile"] = Tile(0, numel, numel)
+                kwargs["tile"] = Tile(0, 1, 1)
         return method.instantiate()(*args, **kwargs)
 
     def _value(self, arg: Arg, make: Any) -> Any:
@@ -108,17 +113,6 @@ class PlannedCall:
             return self.constants[slot]
         spec = self.specs[slot]
         return make(spec) if isinstance(spec, TensorEntry) else PLACEHOLDERS[spec]
-
-    def _token(self, arg: Arg) -> Any:
-        if arg.by_key is not None:
-            return tuple(self._slot_token(s) for _, s in arg.by_key)
-        return arg.convert or self._slot_token(arg.slot)
-
-    def _slot_token(self, slot: int) -> Any:
-        value = self.constants.get(slot)
-        if value is None or isinstance(value, torch.Tensor):
-            return self.specs[slot]
-        return (type(value), repr(value))
 
 
 def convert_constant(value: Any, wanted: Any, merge_dtype: torch.dtype | None) -> Any:

@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from sd_mecha.errors import RecipeTypeError, ShapeError
-from sd_mecha.extensions.key_map import RealizedKeyRelation
-from sd_mecha.extensions.merge_methods import MergeMethod, ParameterData
-from sd_mecha.extensions.model_configs import ModelConfig
+from sd_mecha.extensions.method import method_of
+from sd_mecha.extensions.parameters import ParameterData
 from sd_mecha.planning import integers
 from sd_mecha.planning.arguments import PlannedCall, convert_constant
-from sd_mecha.planning.keys import KeyFacts, Source, identity_relation
-from sd_mecha.planning.opening import OpenModels
-from sd_mecha.planning.program import Arg, Call, Callee, Load, Output, Step, Template
-from sd_mecha.planning.shapes import Inferred, Spec, computes, infer
-from sd_mecha.planning.tiling import decide
-from sd_mecha.planning.trail import describe, named_children
+from sd_mecha.planning.bench import Workbench
+from sd_mecha.planning.keys import Source
+from sd_mecha.planning.program import Arg, Call, Load, Output, Step, Template
+from sd_mecha.planning.results import Parameter, infer
+from sd_mecha.planning.shapes import Result, Spec, computes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.storage.contract import TensorEntry
-from sd_mecha.storage.memory import MemoryReader
 
-
-@dataclass(frozen=True)
-class Precision:
-    """Devices and dtypes of a merge; None leaves what is there."""
-
-    merge_device: torch.device | None
-    merge_dtype: torch.dtype | None
-    output_dtype: torch.dtype | None
-    guard: bool  # omit_non_finite_inputs
-
-
-@dataclass(frozen=True)
-class Target:
-    """One of the recipes that are merged together, analysed."""
-
-    root: RecipeNode
-    configs: Mapping[RecipeNode, ModelConfig]
-    facts: KeyFacts
-
-
-@dataclass
-class Workbench:
-    """What all templates of a plan share."""
-
-    models: OpenModels
-    targets: Sequence[Target]
-    precision: Precision
-    caches: Mapping[RecipeNode, Any]
-    nodes: list[RecipeNode] = field(default_factory=list)
-    callables: list[Callee] = field(default_factory=list)
-    inferred: dict[object, Inferred] = field(default_factory=dict)
-    problems: dict[str, None] = field(default_factory=dict)
-    origins: dict[RecipeNode, int] = field(default_factory=dict)
-    called: dict[object, int] = field(default_factory=dict)
-
-    def origin(self, node: RecipeNode) -> int:
-        if node not in self.origins:
-            self.origins[node] = len(self.nodes)
-            self.nodes.append(node)
-        return self.origins[node]
-
-    def callee(self, method: MergeMethod, node: RecipeNode | None = None) -> int:
-        token: object = method if node is None else node
-        if token not in self.called:
-            self.called[token] = len(self.callables)
-            cache = None if node is None else self.caches.get(node)
-            self.callables.append(Callee(method, cache))
-        return self.called[token]
-
-    def literal_reader(self, node: LiteralRecipeNode) -> int:
-        """The tensors of a literal, as one more model."""
-        if node not in self.models.index:
-            tensors = {k: v for k, v in node.value_dict.items() if isinstance(v, torch.Tensor)}
-            self.models.index[node] = len(self.models.readers)
-            self.models.readers.append(MemoryReader(tensors, describe(node)))
-        return self.models.index[node]
-
-
-Instance = tuple[RecipeNode, str]
+Instance = Source
+_NUMBERS = (int, float, bool)
 
 
 class Builder:
@@ -94,6 +33,7 @@ class Builder:
         self.steps: list[Step] = []
         self.constants: dict[int, Any] = {}
         self.specs: list[Spec] = []
+        self._tokens: list[object] = []  # equal for slots that calls cannot tell apart while planning
         self.outputs: list[Output] = []
         self.producer: dict[int, Step] = {}
         self.target = bench.targets[0]
@@ -177,7 +117,7 @@ class Builder:
         slot = self._slot(loads[0].stored)
         target = self.bench.callee(integers.keep_first)
         why = "not weights: copied bit for bit from the first input"
-        self._add(Call((slot,), target, args, (), None, False, True, why))
+        self._add(Call((slot,), target, args, (), tuple(raw), None, False, True, why))
         return slot
 
     def _lossless_copy(self, slot: int) -> int:
@@ -193,32 +133,36 @@ class Builder:
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def _value(self, root: Instance) -> int:
+        slots = self._slots
         stack = [root]
         while stack:
             instance = stack[-1]
-            if instance in self._slots:
+            if instance in slots:
                 stack.pop()
                 continue
-            needs = self.needs(instance)
-            pending = [n for n in needs if n not in self._slots]
+            pending = [n for n in self.needs(instance) if n not in slots]
             if pending:
                 stack.extend(reversed(pending))
             else:
                 stack.pop()
                 self._emit(instance)
-        return self._slots[root]
+        return slots[root]
 
     def needs(self, instance: Instance) -> list[Source]:
+        """The (node, key) pairs that a node at a key is made from."""
         node, key = instance
+        if isinstance(node, MergeRecipeNode):
+            facts = self.target.facts
+            if node in facts.chosen:
+                source = facts.chosen[node](key)
+                assert source is not None
+                return [source]
+            if node not in facts.realized:
+                return [(child, key) for child in node.children]
+            return [s for _, _, sources in self._parameters(node, key) for s in sources]
         if isinstance(node, LiteralRecipeNode):
             value = node.value_dict[key]
             return [(value, key)] if isinstance(value, RecipeNode) else []
-        if isinstance(node, MergeRecipeNode):
-            if node in self.target.facts.chosen:
-                source = self.target.facts.chosen[node](key)
-                assert source is not None
-                return [source]
-            return [s for _, _, sources in self._parameters(node, key) for s in sources]
         return []
 
     def _emit(self, instance: Instance) -> None:
@@ -240,34 +184,34 @@ class Builder:
             assert isinstance(node, MergeRecipeNode)
             self._call(node, key)
 
-    def _relation(self, node: MergeRecipeNode, key: str) -> RealizedKeyRelation | None:
-        realized = self.target.facts.realized.get(node)
-        return None if realized is None else realized[key]
-
     def _parameters(self, node: MergeRecipeNode, key: str) -> list[tuple[str, ParameterData, list[Source]]]:
         """Each argument with the (input, key) pairs it stands for at `key`."""
-        method: MergeMethod = node.merge_method  # type: ignore[assignment]
-        data = method.declaration.parameters
-        declared = [*data.args_varargs(len(node.args)), *(data.kwargs[name] for name in node.kwargs)]
-        relation = self._relation(node, key)
+        bound = self.bench.bound(node)
+        realized = self.target.facts.realized.get(node)
+        if realized is None:
+            return [(name, data, [(child, key)]) for name, data, child in bound]
+        inputs = realized[key].inputs
         out: list[tuple[str, ParameterData, list[Source]]] = []
-        for d, (name, child) in zip(declared, named_children(node), strict=True):
-            keys: Sequence[str] = (key,) if relation is None else relation.inputs.get(name, ())
-            if not keys and not d.is_state_dict:  # a plain parameter that the key map does not mention
+        for name, data, child in bound:
+            keys: Sequence[str] = inputs.get(name, ())
+            if not keys and not data.is_state_dict:  # a plain parameter that the key map does not mention
                 available = self.target.facts.available[child]
                 keys = (key,) if key in available else sorted(available)[:1]
-            out.append((name, d, [(child, k) for k in keys]))
+            out.append((name, data, [(child, k) for k in keys]))
         return out
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def _slot(self, spec: Spec) -> int:
+    def _slot(self, spec: Spec, token: object = None) -> int:
         self.specs.append(spec)
+        self._tokens.append(spec if token is None else token)
         return len(self.specs) - 1
 
     def _constant(self, value: Any) -> int:
-        spec = TensorEntry(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)
-        slot = self._slot(spec)
+        if isinstance(value, torch.Tensor):
+            slot = self._slot(TensorEntry(tuple(value.shape), value.dtype))
+        else:
+            slot = self._slot(type(value), (type(value), repr(value)))
         self.constants[slot] = value
         return slot
 
@@ -294,64 +238,62 @@ class Builder:
         return self._known[token][0]
 
     def _call(self, node: MergeRecipeNode, key: str) -> None:
-        method: MergeMethod = node.merge_method  # type: ignore[assignment]
-        relation = self._relation(node, key)
+        method = method_of(node)
+        realized = self.target.facts.realized.get(node)
+        relation = None if realized is None else realized[key]
         outputs = (key,) if relation is None else relation.outputs
         parameters = self._parameters(node, key)
         args = [self._arg(data, sources) for _, data, sources in parameters]
-        positional = tuple(args[: len(node.args)])
-        named = tuple(zip(node.kwargs, args[len(node.args) :], strict=True))
-        token = (node, positional, named, key)
-        if token in self._known:
+        positional, named = (
+            tuple(args[: len(node.args)]),
+            tuple(zip(node.kwargs, args[len(node.args) :], strict=True)),
+        )
+        token = (node, positional, named, key) if len(self.bench.targets) > 1 else None
+        if token is not None and token in self._known:
             self._slots.update(zip(((node, out) for out in outputs), self._known[token], strict=True))
             return
-        call = self._planned(method, positional, dict(named), key, relation)
-        if call.is_constant:
-            self._slots[node, key] = self._constant(call.run())
-            return
-        names = [name for name, _, _ in parameters]
-        inferred = self._infer(method, call, outputs, relation, names, args, key)
-        slots = tuple(self._slot(spec) for spec in inferred.specs)
-        tiled, why = decide(method, positional, dict(named), slots, self.specs, self.constants, inferred.assumed)
+        inputs = tuple([s for a in args for s in a.slots])
+        memo = (method, *[self._tokens[s] for s in inputs]) if relation is None else None
+        result = self.bench.results.get(memo)
+        if result is None:
+            device = self.bench.precision.merge_device or torch.device("cpu")
+            call = PlannedCall(method, positional, dict(named), self.specs, self.constants, device, key, relation)
+            if call.is_constant:
+                self._slots[node, key] = self._constant(call.run())
+                return
+            result = self._result(call, outputs, [(name, data) for name, data, _ in parameters])
+            if memo is not None:
+                self.bench.results[memo] = result
+        slots = tuple([self._slot(spec) for spec in result.specs])
         self._add(
             Call(
                 slots,
                 self.bench.callee(method, node),
                 positional,
                 named,
+                inputs,
                 relation,
                 method.reuse_outputs,
-                tiled,
-                why,
+                result.tiled,
+                result.why,
                 self.name(outputs[0]),
-                inferred.assumed,
+                result.assumed,
                 self.bench.origin(node),
             )
         )
-        self._known[token] = slots
-        self._slots.update(zip(((node, out) for out in outputs), slots, strict=True))
-
-    def _planned(
-        self,
-        method: MergeMethod,
-        args: tuple[Arg, ...],
-        kwargs: Mapping[str, Arg],
-        key: str,
-        relation: RealizedKeyRelation | None,
-    ) -> PlannedCall:
-        device = self.bench.precision.merge_device or torch.device("cpu")
-        context = identity_relation(method, key) if relation is None else relation
-        return PlannedCall(method, args, kwargs, self.specs, self.constants, device, key, context)
+        if token is not None:
+            self._known[token] = slots
+        for out, slot in zip(outputs, slots, strict=True):
+            self._slots[node, out] = slot
 
     def _arg(self, data: ParameterData, sources: Sequence[Source]) -> Arg:
         if data.is_state_dict:
             config = self.target.configs[sources[0][0]] if sources else None
-            pairs = tuple((self.name(k), self._typed(self._slots[n, k], data.value_type)[0]) for n, k in sources)
-            return Arg(by_key=pairs, config=config)
+            pairs = [(self.name(k), self._typed(self._slots[n, k], data.value_type)[0]) for n, k in sources]
+            return Arg(-1, None, tuple(pairs), config)
         if not sources:
             return Arg(self._constant(None))
-        slot, convert = self._typed(self._slots[sources[0]], data.value_type)
-        return Arg(slot, convert)
+        return Arg(*self._typed(self._slots[sources[0]], data.interface))
 
     def _typed(self, slot: int, wanted: Any) -> tuple[int, type | None]:
         """A slot as the declared type: constants are converted now, tensors to Python numbers when the call runs."""
@@ -361,67 +303,29 @@ class Builder:
                 value = convert_constant(self.constants[slot], wanted, self.bench.precision.merge_dtype)
                 self._converted[token] = slot if value is self.constants[slot] else self._constant(value)
             return self._converted[token], None
-        if isinstance(self.specs[slot], TensorEntry) and wanted in (int, float, bool):
+        if wanted in _NUMBERS and isinstance(self.specs[slot], TensorEntry):
             return slot, wanted
         return slot, None
 
-    def _infer(
-        self,
-        method: MergeMethod,
-        call: PlannedCall,
-        outputs: tuple[str, ...],
-        relation: RealizedKeyRelation | None,
-        names: Sequence[str],
-        args: Sequence[Arg],
-        key: str,
-    ) -> Inferred:
-        memo = None if relation is not None else (method, call.token)
-        if memo is not None and memo in self.bench.inferred:
-            return self.bench.inferred[memo]
-        first = next((self.specs[s] for a in args for s in a.slots if isinstance(self.specs[s], TensorEntry)), None)
+    def _result(self, call: PlannedCall, outputs: tuple[str, ...], parameters: Sequence[Parameter]) -> Result:
         try:
-            if method.tiling == "elementwise":
-                self._check_same_shape(method, args, names, key)
-            inferred = infer(call.on_meta, outputs, first)
+            return infer(call, outputs, parameters)
         except ShapeError as error:
-            self.bench.problems[self._shape_problem(method, args, names, key, error)] = None
+            self.bench.problems[self._shape_problem(call, parameters, error)] = None
+            first = call.first_tensor
             assert first is not None
-            return Inferred((first,) * len(outputs))
-        if memo is not None:
-            self.bench.inferred[memo] = inferred
-        return inferred
+            return Result((first,) * len(outputs), False, "")
 
-    def _check_same_shape(self, method: MergeMethod, args: Sequence[Arg], names: Sequence[str], key: str) -> None:
-        shapes = set()
-        for arg, name in zip(args, names, strict=True):
-            data = _parameter(method, name)
-            entry = self.specs[arg.slots[0]] if arg.slots else None
-            if isinstance(entry, TensorEntry) and not _is_param(data):
-                shapes.add(entry.shape)
-        if len(shapes) > 1:
-            raise ShapeError("the shapes differ")
-
-    def _shape_problem(
-        self, method: MergeMethod, args: Sequence[Arg], names: Sequence[str], key: str, error: ShapeError
-    ) -> str:
+    def _shape_problem(self, call: PlannedCall, parameters: Sequence[Parameter], error: ShapeError) -> str:
         shown = []
-        for arg, name in zip(args, names, strict=True):
+        for arg, (name, _) in zip((*call.args, *call.kwargs.values()), parameters, strict=True):
             for slot in arg.slots[:1]:
                 entry = self.specs[slot]
                 if isinstance(entry, TensorEntry) and slot not in self.constants:
                     origins = {self.bench.models.readers[load.reader].name: None for load in self.loads_below([slot])}
                     files = ", ".join(origins) or "a literal"
-                    shown.append(f"{name} of shape {tuple(entry.shape)} (from {files})")
-        return f"key {key!r}: {method.identifier} cannot combine {' and '.join(shown)}: {error}"
-
-
-def _parameter(method: MergeMethod, name: str) -> ParameterData:
-    return next(data for n, data in method.declaration if n == name)
-
-
-def _is_param(data: ParameterData) -> bool:
-    spaces = data.merge_space
-    return isinstance(spaces, frozenset) and all(s.identifier == "param" for s in spaces)
+                    shown.append(f"{name} of shape {entry.shape} (from {files})")
+        return f"key {call.key!r}: {call.method.identifier} cannot combine {' and '.join(shown)}: {error}"
 
 
 def widens(narrow: torch.dtype, wide: torch.dtype) -> bool:

@@ -7,11 +7,14 @@ fits is structural: its keys are those that all its state dicts have in common.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from sd_mecha.errors import ConfigError
 from sd_mecha.extensions import model_configs
+from sd_mecha.extensions.method import method_of
 from sd_mecha.extensions.model_configs import KeyMetadata, ModelConfig, StructuralModelConfig, is_stub
 from sd_mecha.planning.opening import OpenModels
 from sd_mecha.planning.trail import path_to
@@ -59,8 +62,7 @@ def collect(root: RecipeNode, models: OpenModels) -> ConfigFacts:
     for node in toposort(root):
         var = variable[node] = classes.new()
         if node.model_config is not None:
-            declared: ModelConfig = node.model_config  # type: ignore[assignment]
-            classes.constrain(var, ConfigConstraint(node, config=declared))
+            classes.constrain(var, ConfigConstraint(node, config=cast(ModelConfig, node.model_config)))
         if isinstance(node, ModelRecipeNode):
             classes.constrain(var, ConfigConstraint(node, entries=models[node].entries))
         elif isinstance(node, LiteralRecipeNode):
@@ -75,9 +77,9 @@ def collect(root: RecipeNode, models: OpenModels) -> ConfigFacts:
 def _join_call(
     node: MergeRecipeNode, var: int, variable: Mapping[RecipeNode, int], classes: Classes[ConfigConstraint]
 ) -> None:
-    method = node.merge_method
-    configs = method.get_input_configs()  # type: ignore[attr-defined]
-    names = method.get_param_names()  # type: ignore[attr-defined]
+    method = method_of(node)
+    configs = method.get_input_configs()
+    names = method.get_param_names()
     count = len(node.args)
     bound = list(zip(names.args_varargs(count), configs.args_varargs(count), node.args, strict=True))
     bound += [(name, configs.kwargs[name], child) for name, child in node.kwargs.items()]
@@ -87,7 +89,7 @@ def _join_call(
         else:
             reason = f"is what {method.identifier} takes as {name}"
             classes.constrain(variable[child], ConfigConstraint(child, config=config, reason=reason))
-    returned = method.declaration.result.model_config  # type: ignore[attr-defined]
+    returned = method.declaration.result.model_config
     if returned is not None:
         classes.constrain(var, ConfigConstraint(node, config=returned, reason=f"is what {method.identifier} returns"))
 
@@ -119,7 +121,10 @@ def solve_configs(
     for var in facts.classes.roots():
         constraints = facts.classes.constraints(var)
         preferred = list(preference or ()) if var == root_class else []
-        memo = (*(id(c.config) if c.entries is None else id(c.entries) for c in constraints), *map(id, preferred))
+        memo = (
+            *(id(c.config) if c.entries is None else id(c.entries) for c in constraints),
+            *map(id, preferred),
+        )
         if memo not in chosen:
             try:
                 chosen[memo] = _choose(root, constraints, preferred)
@@ -159,8 +164,8 @@ def _declared(root: RecipeNode, constraints: list[ConfigConstraint]) -> ModelCon
         elif declared.config.identifier != c.config.identifier:
             raise ConfigError(
                 f"model configs do not agree: {declared.config.identifier} {declared.reason} "
-                f"(at {path_to(root, declared.node)}), but {c.config.identifier} {c.reason} (at {path_to(root, c.node)}); "
-                "convert one of them with sd_mecha.convert(recipe, config)"
+                f"(at {path_to(root, declared.node)}), but {c.config.identifier} {c.reason} "
+                f"(at {path_to(root, c.node)}); convert one of them with sd_mecha.convert(recipe, config)"
             )
         elif is_stub(declared.config):
             declared = c
@@ -183,7 +188,7 @@ def _check_mixture(root: RecipeNode, constraints: list[ConfigConstraint]) -> Non
     """Two state dicts that fit different known configs, and none in common, cannot be merged key by key."""
     voters = [(c, model_configs.candidates(c.entries.keys())) for c in constraints if c.entries]
     known = [(c, found) for c, found in voters if found and isinstance(c.node, ModelRecipeNode)]
-    for (one, first), (other, second) in zip(known, known[1:], strict=False):
+    for (one, first), (other, second) in itertools.pairwise(known):
         if not first.keys() & second.keys():
             raise ConfigError(
                 f"model configs do not agree: {path_to(root, one.node)} looks like {_best(first)}, "

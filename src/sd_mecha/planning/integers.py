@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sd_mecha.extensions.merge_methods import Return, Parameter, merge_method
+from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.program import Call, Load
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY, is_integral
 
 if TYPE_CHECKING:
-    from sd_mecha.planning.builder import Builder, Precision
+    from sd_mecha.planning.bench import Precision
+    from sd_mecha.planning.builder import Builder
 
 
 @merge_method(register=False, tiling="elementwise")
@@ -45,9 +46,7 @@ def casts(builder: Builder) -> bool:
     return any(m.identifier == "cast" for m in methods)
 
 
-def output_dtype(
-    computed: torch.dtype, precision: Precision, loads: Sequence[Load], builder: Builder
-) -> torch.dtype:
+def output_dtype(computed: torch.dtype, precision: Precision, loads: Sequence[Load], builder: Builder) -> torch.dtype:
     """The dtype that a merged tensor is written in."""
     if computed.is_complex:
         return computed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sd_mecha.extensions.merge_methods import CandidateDispatchError, MergeMethod
+from sd_mecha.extensions.method import CandidateDispatchError, MergeMethod, MergeMethodInterface, method_of
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.planning.configs import collect
 from sd_mecha.planning.opening import OpenModels
@@ -29,16 +29,14 @@ def choose_implementations(root: RecipeNode, models: OpenModels) -> RecipeNode:
     return rewrite(root, choose)
 
 
-def _interface(node: MergeRecipeNode) -> object:
-    return getattr(node.merge_method, "interface", None)
+def _interface(node: MergeRecipeNode) -> MergeMethodInterface | None:
+    return method_of(node).interface
 
 
 def _choose(root: RecipeNode, node: MergeRecipeNode, models: OpenModels) -> MergeMethod:
-    method: MergeMethod = node.merge_method  # type: ignore[assignment]
+    method = method_of(node)
     assert method.interface is not None
     found = [collect(child, models).candidates(child) for child in node.args]
-    if method.interface.candidates and not any(found):
-        found = [[] for _ in found]
     for candidate, _ in method.interface.candidates:
         configs = candidate.get_input_configs().args_varargs(len(node.args))
         if all(_fits(config, have) for config, have in zip(configs, found, strict=True)):
@@ -49,7 +47,8 @@ def _choose(root: RecipeNode, node: MergeRecipeNode, models: OpenModels) -> Merg
         for name, have in zip(method.declaration.names.args_varargs(len(node.args)), found, strict=True)
     )
     raise CandidateDispatchError(
-        method.identifier, f"no implementation fits ({shown}) at {path_to(root, node)}; implementations: {known}"
+        method.identifier,
+        f"no implementation fits ({shown}) at {path_to(root, node)}; implementations: {known}",
     )
 
 

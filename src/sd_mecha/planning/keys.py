@@ -15,8 +15,9 @@ from typing import Any
 
 from sd_mecha.errors import ContractError, PlanError, StateDictKeyError
 from sd_mecha.extensions.key_map import KeyMap, RealizedKeyRelation, realize
-from sd_mecha.extensions.merge_methods import MergeMethod, StateDict
+from sd_mecha.extensions.method import MergeMethod, method_of
 from sd_mecha.extensions.model_configs import ModelConfig
+from sd_mecha.extensions.parameters import StateDict
 from sd_mecha.planning.opening import OpenModels
 from sd_mecha.planning.trail import named_children
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
@@ -36,6 +37,8 @@ class KeyFacts:
     """Nodes whose method declares `map_keys`: output key -> what it is made from."""
     chosen: dict[RecipeNode, Callable[[str], Source | None]] = field(default_factory=dict)
     """Nodes whose method only selects: output key -> the input that it is."""
+    skips: bool = False
+    """Whether a selecting method leaves out keys on purpose."""
     stored: dict[RecipeNode, Mapping[str, str]] = field(default_factory=dict)
     """Model nodes whose file uses other names: key of the config -> name in the file."""
 
@@ -63,7 +66,9 @@ class _Solver:
         for node, key in missing:
             self.missing.setdefault(node, set()).add(key)
         self._interned: dict[KeySet, KeySet] = {}
-        self._memo: dict[object, Any] = {}
+        self._sets: dict[object, KeySet] = {}
+        self._realized: dict[object, Mapping[str, RealizedKeyRelation]] = {}
+        self._key_maps: dict[object, KeyMap] = {}
         self._alive: list[object] = []  # what memo keys mention by id
 
     def run(self, order: list[RecipeNode]) -> KeyFacts:
@@ -85,10 +90,10 @@ class _Solver:
 
     def _config_keys(self, config: ModelConfig) -> KeySet:
         key = ("config", id(config))
-        if key not in self._memo:
+        if key not in self._sets:
             self._alive.append(config)
-            self._memo[key] = self._intern(frozenset(config.keys()))
-        return self._memo[key]  # type: ignore[no-any-return]
+            self._sets[key] = self._intern(frozenset(config.keys()))
+        return self._sets[key]
 
     def _model(self, node: ModelRecipeNode) -> KeySet:
         reader, config = self.models[node], self.configs[node]
@@ -107,9 +112,7 @@ class _Solver:
         return keys
 
     def _literal(self, node: LiteralRecipeNode) -> KeySet:
-        keys = {
-            k for k, v in node.value_dict.items() if not isinstance(v, RecipeNode) or k in self.facts.available[v]
-        }
+        keys = {k for k, v in node.value_dict.items() if not isinstance(v, RecipeNode) or k in self.facts.available[v]}
         return self._meet(self._intern(frozenset(keys)), self._config_keys(self.configs[node]))
 
     def _meet(self, *sets: KeySet) -> KeySet:
@@ -117,12 +120,12 @@ class _Solver:
         if len(unique) == 1:
             return unique[0]
         key = ("meet", *(id(s) for s in unique))
-        if key not in self._memo:
-            self._memo[key] = self._intern(frozenset.intersection(*sorted(unique, key=len)))
-        return self._memo[key]  # type: ignore[no-any-return]
+        if key not in self._sets:
+            self._sets[key] = self._intern(frozenset.intersection(*sorted(unique, key=len)))
+        return self._sets[key]
 
     def _merge(self, node: MergeRecipeNode) -> KeySet:
-        method: MergeMethod = node.merge_method  # type: ignore[assignment]
+        method = method_of(node)
         if method.map_keys is None:
             inputs = [self.facts.available[child] for child in node.children]
             keys = self._meet(self._config_keys(self.configs[node]), *inputs)
@@ -133,7 +136,9 @@ class _Solver:
         if method.tiling == "select":
             choice = self.facts.chosen[node] = Choice(node, self)
             if method.map_keys is None:  # a key map has settled which keys exist; otherwise the method may skip some
-                keys = self._intern(frozenset(key for key in keys if choice(key) is not None))
+                kept = self._intern(frozenset(key for key in keys if choice(key) is not None))
+                self.facts.skips |= len(kept) < len(keys)
+                keys = kept
         return keys
 
     def _realize(self, node: MergeRecipeNode, method: MergeMethod) -> Mapping[str, RealizedKeyRelation]:
@@ -143,15 +148,15 @@ class _Solver:
         available = {name: self._meet(*(self.facts.available[c] for c in group)) for name, group in by_param.items()}
         key_map = self._key_map(method, by_param, self.configs[node])
         memo = ("realized", id(key_map), tuple((name, id(keys)) for name, keys in available.items()))
-        if memo not in self._memo:
+        if memo not in self._realized:
             found: dict[str, RealizedKeyRelation] = {}
             empty: KeySet = frozenset()
             for relation in key_map.relations:
                 chosen = realize(relation, lambda param, key: key in available.get(param, empty))
                 if chosen is not None:
                     found.update(dict.fromkeys(chosen.outputs, chosen))
-            self._memo[memo] = found
-        return self._memo[memo]  # type: ignore[no-any-return]
+            self._realized[memo] = found
+        return self._realized[memo]
 
     def _key_map(self, method: MergeMethod, by_param: Mapping[str, list[RecipeNode]], output: ModelConfig) -> KeyMap:
         varargs = method.declaration.names.vararg
@@ -163,17 +168,19 @@ class _Solver:
             configs.setdefault(name, ())
         shown = tuple((name, c if isinstance(c, tuple) else (c,)) for name, c in configs.items())
         memo = ("map", id(method), tuple((n, tuple(id(c) for c in group)) for n, group in shown), id(output))
-        if memo not in self._memo:
+        if memo not in self._key_maps:
             self._alive += [method, output, configs]
-            self._memo[memo] = method.build_key_map(configs, output)
-        return self._memo[memo]  # type: ignore[no-any-return]
+            key_map = method.build_key_map(configs, output)
+            assert key_map is not None
+            self._key_maps[memo] = key_map
+        return self._key_maps[memo]
 
 
 class Choice:
     """What a selecting method takes, key by key: it is called on references instead of values."""
 
     def __init__(self, node: MergeRecipeNode, solver: _Solver) -> None:
-        method: MergeMethod = node.merge_method  # type: ignore[assignment]
+        method = method_of(node)
         data = method.declaration.parameters
         positional = zip(data.args_varargs(len(node.args)), node.args, strict=True)
         self._args = [_Reference.bind(d, child, solver) for d, child in positional]
@@ -257,5 +264,3 @@ def constant(node: RecipeNode, facts: KeyFacts) -> Any:
 def identity_relation(method: MergeMethod, key: str) -> RealizedKeyRelation:
     """What a method without `map_keys` makes `key` from: the same key of every parameter."""
     return RealizedKeyRelation((key,), {name: (key,) for name, _ in method.declaration})
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +48,14 @@ def open_models(*roots: RecipeNode) -> OpenModels:
     for node in toposort(*roots):
         if not isinstance(node, ModelRecipeNode):
             continue
-        source: object = id(node.state_dict) if node.state_dict is not None else str(model_dirs.resolve_input(node.path))
+        try:
+            source, where = _source(node)
+        except MechaError as error:
+            problems.append(error)
+            continue
         if source not in by_source:
             try:
-                reader = _open(node, str(source))
+                reader = _open(node, where)
             except MechaError as error:
                 problems.append(error)
                 continue
@@ -69,8 +72,15 @@ def open_models(*roots: RecipeNode) -> OpenModels:
     return models
 
 
-def _open(node: ModelRecipeNode, resolved: str) -> Reader:
-    mapping: Mapping[str, object] | None = node.state_dict
-    if mapping is not None:
-        return MemoryReader(mapping, "in-memory model")
-    return model_formats.find(resolved).reader(Path(resolved))
+def _source(node: ModelRecipeNode) -> tuple[object, Path]:
+    """What tells a model from others, and where it lies."""
+    if node.path is None:
+        return id(node.state_dict), Path()
+    path = model_dirs.resolve_input(node.path)
+    return str(path), path
+
+
+def _open(node: ModelRecipeNode, path: Path) -> Reader:
+    if node.state_dict is not None:
+        return MemoryReader(node.state_dict, "in-memory model")
+    return model_formats.find(path).reader(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ from sd_mecha.errors import EmptyMergeError, PlanError, ShapeError
 from sd_mecha.extensions.merge_spaces import MergeSpace
 from sd_mecha.extensions.model_configs import ModelConfig, is_stub
 from sd_mecha.planning import explain
-from sd_mecha.planning.builder import Precision, Target, Workbench
+from sd_mecha.planning.bench import Precision, Target, Workbench
 from sd_mecha.planning.configs import solve_configs
 from sd_mecha.planning.finalize import fill_in
 from sd_mecha.planning.interfaces import choose_implementations
@@ -170,12 +172,25 @@ def make_plan(roots: Sequence[RecipeNode], options: PlanOptions) -> Plan:
     Raises:
         PlanError: the recipes contradict themselves; subclasses say how, and list every contradiction found.
     """
-    models = open_models(*roots)
+    with _collector_paused():
+        models = open_models(*roots)
+        try:
+            return _plan(roots, models, options)
+        except BaseException:
+            models.close()
+            raise
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A large plan is many small objects that all stay: looking for garbage among them only takes time."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return _plan(roots, models, options)
-    except BaseException:
-        models.close()
-        raise
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _plan(roots: Sequence[RecipeNode], models: OpenModels, options: PlanOptions) -> Plan:
@@ -189,7 +204,7 @@ def _plan(roots: Sequence[RecipeNode], models: OpenModels, options: PlanOptions)
         strict, extra = options.strict_mandatory_keys, options.check_extra_keys
         check_models(root, models, configs, strict, extra)
         names = _order(root, models, facts.available[root])
-        if not names and not options.allow_empty_merge:
+        if not (names or options.allow_empty_merge or facts.skips):
             raise EmptyMergeError(_why_empty(root, configs, facts.available))
         keys.append(names)
     bench = Workbench(models, targets, options.precision, options.caches)
@@ -293,5 +308,3 @@ def _why_empty(root: RecipeNode, configs: Mapping[RecipeNode, ModelConfig], avai
         f"the recipe makes no key: no key can be made from its inputs ({counts}{more}); "
         "pass allow_empty_merge=True if that is intended"
     )
-
-

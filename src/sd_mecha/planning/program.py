@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +20,7 @@ from sd_mecha.planning.shapes import Spec
 from sd_mecha.storage.contract import TensorEntry
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """Read one tensor of a model and cast it."""
 
     slot: int
@@ -33,8 +32,7 @@ class Load:
     guard: bool  # a tensor with inf or nan counts as missing
 
 
-@dataclass(frozen=True, slots=True)
-class Arg:
+class Arg(NamedTuple):
     """One argument of a call: a slot, or the slots of a state dict by key."""
 
     slot: int = -1
@@ -44,17 +42,17 @@ class Arg:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        return (self.slot,) if self.by_key is None else tuple(s for _, s in self.by_key)
+        return (self.slot,) if self.by_key is None else tuple([s for _, s in self.by_key])
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Call a merge method; several slots where it makes several keys at once."""
 
     slots: tuple[int, ...]
     target: int  # index into Plan.callables
     args: tuple[Arg, ...]
     kwargs: tuple[tuple[str, Arg], ...]
+    inputs: tuple[int, ...]  # every slot that an argument mentions
     relation: RealizedKeyRelation | None  # None: key k from key k of every parameter
     reused: bool
     tiled: bool
@@ -65,10 +63,6 @@ class Call:
 
     def all_args(self) -> tuple[Arg, ...]:
         return (*self.args, *(a for _, a in self.kwargs))
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        return tuple(s for a in self.all_args() for s in a.slots)
 
 
 Step = Load | Call

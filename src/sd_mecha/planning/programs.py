@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from sd_mecha.planning.builder import Builder, Instance, Target, Workbench
+from sd_mecha.extensions.method import method_of
+from sd_mecha.planning.bench import Target, Workbench
+from sd_mecha.planning.builder import Builder, Instance
+from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.program import Program, Template
 from sd_mecha.planning.tiling import cut
 from sd_mecha.planning.unify import Classes
-from sd_mecha.planning.markers import is_marker
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 
@@ -133,7 +135,7 @@ def _groups(
             for node, at in _calls_below(bench, target, key):
                 relation = realized.get(node, {}).get(at)
                 several = relation is not None and len(relation.outputs) > 1
-                method: Any = node.merge_method
+                method = method_of(node)
                 if several or (memoize and method.reuse_outputs and method.tiling == "whole"):
                     token = (target, node, relation.outputs if several and relation is not None else at)
                     classes.join(variable[maker.setdefault(token, key)], variable[key])

@@ -18,10 +18,12 @@ Spec = TensorEntry | type
 
 
 @dataclass(frozen=True)
-class Inferred:
-    """What a call returns: one spec per output key, and whether it had to be assumed."""
+class Result:
+    """What a call returns: one spec per output key; how it runs, and whether the specs had to be assumed."""
 
     specs: tuple[Spec, ...]
+    tiled: bool
+    why: str
     assumed: bool = False
 
 
@@ -34,8 +36,8 @@ def meta(entry: TensorEntry) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
-def infer(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None) -> Inferred:
-    """Run `call`, whose tensors are on the meta device, and read off what it returns.
+def run_on_meta(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None) -> tuple[tuple[Spec, ...], bool]:
+    """Run `call`, whose tensors are on the meta device; one spec per output key, and whether they are assumed.
 
     A method that looks at values (`.item()`, numpy) cannot run there; it is then assumed to return a tensor like its
     first input, which the executor checks.
@@ -44,7 +46,7 @@ def infer(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None)
         ShapeError: the shapes of the inputs do not fit the method.
     """
     try:
-        result = _run(call)
+        result = finish(call())
     except (MechaError, StateDictKeyError):
         raise
     except Exception as error:
@@ -52,10 +54,10 @@ def infer(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None)
             raise ShapeError(str(error).splitlines()[0]) from error
         if first is None:
             raise
-        return Inferred((first,) * len(outputs), assumed=True)
+        return (first,) * len(outputs), True
     if isinstance(result, Mapping):
-        return Inferred(tuple(_spec(result[key]) for key in outputs))
-    return Inferred((_spec(result),) * len(outputs))
+        return tuple(spec_of(result[key]) for key in outputs), False
+    return (spec_of(result),) * len(outputs), False
 
 
 _SHAPE_WORDS = ("size", "shape", "dimension", "broadcast", "sizes")
@@ -66,8 +68,8 @@ def _is_shape_error(error: RuntimeError) -> bool:
     return not isinstance(error, NotImplementedError) and any(word in text for word in _SHAPE_WORDS)
 
 
-def _run(call: Callable[[], Any]) -> Any:
-    result = call()
+def finish(result: Any) -> Any:
+    """The result of a call; a streamed method is given answers without values."""
     if not hasattr(result, "send"):
         return result
     answer: Any = None
@@ -80,7 +82,7 @@ def _run(call: Callable[[], Any]) -> Any:
         return stop.value
 
 
-def _spec(result: Any) -> Spec:
+def spec_of(result: Any) -> Spec:
     if isinstance(result, torch.Tensor):
         return TensorEntry(tuple(result.shape), result.dtype)
     return type(result)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from sd_mecha.errors import MergeSpaceError
 from sd_mecha.extensions import merge_spaces
 from sd_mecha.extensions.merge_spaces import MergeSpace, MergeSpaceSymbol
-from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, RecipeNode
-from sd_mecha.recipes.walk import toposort
+from sd_mecha.extensions.method import method_of
 from sd_mecha.planning.trail import named_children, path_to
 from sd_mecha.planning.unify import Classes
+from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, RecipeNode
+from sd_mecha.recipes.walk import toposort
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ def solve_spaces(root: RecipeNode, wanted: Iterable[MergeSpace] | None = None) -
     """
     classes: Classes[SpaceConstraint] = Classes()
     variable: dict[RecipeNode, int] = {}
+    everything = frozenset(merge_spaces.get_all())
     for node in toposort(root):
         var = variable[node] = classes.new()
         if node.merge_space is not None:
-            classes.constrain(var, SpaceConstraint(frozenset({node.merge_space}), node, "is declared"))
+            classes.constrain(
+                var,
+                SpaceConstraint(frozenset({merge_spaces.resolve(node.merge_space.identifier)}), node, "is declared"),
+            )
         if isinstance(node, MergeRecipeNode):
-            _constrain_call(node, var, variable, classes)
+            _constrain_call(node, var, variable, classes, everything)
         elif isinstance(node, LiteralRecipeNode):
             for _, child in named_children(node):
                 classes.join(var, variable[child])
@@ -63,11 +68,14 @@ def solve_spaces(root: RecipeNode, wanted: Iterable[MergeSpace] | None = None) -
 
 
 def _constrain_call(
-    node: MergeRecipeNode, var: int, variable: dict[RecipeNode, int], classes: Classes[SpaceConstraint]
+    node: MergeRecipeNode,
+    var: int,
+    variable: dict[RecipeNode, int],
+    classes: Classes[SpaceConstraint],
+    everything: frozenset[MergeSpace],
 ) -> None:
-    method = node.merge_method
+    method = method_of(node)
     symbols: dict[MergeSpaceSymbol, int] = {}
-    everything = frozenset(merge_spaces.get_all())
 
     def apply(space: object, target: int, where: RecipeNode, reason: str) -> None:
         if isinstance(space, MergeSpaceSymbol):

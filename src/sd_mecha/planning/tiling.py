@@ -8,50 +8,43 @@ sees entire tensors, and what it needs is assembled for it first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from sd_mecha.extensions.merge_methods import MergeMethod
 from sd_mecha.extensions.reductions import BLOCK
-from sd_mecha.planning.program import Arg, Call, Load, Output, Stage, Step, Store, Template, Tiles, Whole
+from sd_mecha.planning.arguments import PlannedCall
+from sd_mecha.planning.program import Call, Load, Output, Stage, Step, Store, Template, Tiles, Whole
 from sd_mecha.planning.shapes import Spec
 from sd_mecha.storage.contract import TensorEntry
 
 LARGEST_ROW_TILE = 1 << 22
 
 
-def decide(
-    method: MergeMethod,
-    args: Sequence[Arg],
-    kwargs: Mapping[str, Arg],
-    slots: Sequence[int],
-    specs: Sequence[Spec],
-    constants: Mapping[int, Any],
-    assumed: bool,
-) -> tuple[bool, str]:
+def decide(call: PlannedCall, results: Sequence[Spec]) -> tuple[bool, str]:
     """Whether a call runs on tiles, and why."""
+    method = call.method
     if method.tiling not in ("elementwise", "rows"):
         return False, f"{method.identifier} sees entire tensors"
-    if len(slots) != 1:
+    if len(results) != 1:
         return False, f"{method.identifier} makes several keys at once"
-    result = specs[slots[0]]
+    result = results[0]
     if not isinstance(result, TensorEntry):
         return False, f"{method.identifier} makes a {result.__name__}"
-    inputs = [*args, *kwargs.values()]
-    if any(a.convert is not None for a in inputs):
+    if any(a.convert is not None for a in (*call.args, *call.kwargs.values())):
         return False, f"a parameter of {method.identifier} is computed from a tensor"
-    for arg in inputs:
-        for slot in arg.slots:
-            entry = specs[slot]
-            if not isinstance(entry, TensorEntry):
-                if slot not in constants:
-                    return False, f"a parameter of {method.identifier} is computed"
-            elif entry.shape != result.shape and entry.numel != 1:
-                return False, f"{method.identifier} broadcasts shape {entry.shape} to {result.shape}"
+    for slot in call.slots:
+        entry = call.specs[slot]
+        if not isinstance(entry, TensorEntry):
+            if slot not in call.constants:
+                return False, f"a parameter of {method.identifier} is computed"
+        elif entry.shape != result.shape and entry.numel != 1:
+            return False, f"{method.identifier} broadcasts shape {entry.shape} to {result.shape}"
     if method.tiling == "rows":
         row = math.prod(result.shape[1:]) if result.shape else 1
         if len(result.shape) < 2 or math.lcm(max(row, 1), BLOCK) > LARGEST_ROW_TILE:
-            return False, f"{method.identifier} works on rows, and {result.shape} does not cut into rows of blocks"
+            return (
+                False,
+                f"{method.identifier} works on rows, and {result.shape} does not cut into rows of blocks",
+            )
         return True, "rows"
     return True, "streamed reduction" if method.streamed else "elementwise"
 
@@ -199,7 +192,11 @@ class _Cutter:
         return frozenset(slot for slot in loads if slot not in plain and by_key.get(slot) == 1)
 
     def _element_bytes(
-        self, steps: Sequence[Step], frees: Sequence[tuple[int, ...]], deferred: frozenset[int], writes: Sequence[Output]
+        self,
+        steps: Sequence[Step],
+        frees: Sequence[tuple[int, ...]],
+        deferred: frozenset[int],
+        writes: Sequence[Output],
     ) -> int:
         live = peak = 0
         size: dict[int, int] = {}

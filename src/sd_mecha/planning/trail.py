@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sd_mecha.extensions.method import method_of
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import children
 
@@ -56,5 +57,5 @@ def named_children(node: RecipeNode) -> list[tuple[str, RecipeNode]]:
     """The inputs of a node with the names of the parameters they are bound to."""
     if not isinstance(node, MergeRecipeNode):
         return [(str(i), child) for i, child in enumerate(children(node))]
-    names = node.merge_method.get_param_names().args_varargs(len(node.args))
+    names = method_of(node).get_param_names().args_varargs(len(node.args))
     return [*zip(names, node.args, strict=False), *node.kwargs.items()]

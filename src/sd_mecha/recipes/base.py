@@ -131,9 +131,7 @@ class RecipeNode:
     def __ror__(self, other: Any) -> RecipeNode:
         return _call("fallback", other, self)
 
-    def to(
-        self, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-    ) -> RecipeNode:
+    def to(self, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> RecipeNode:
         """Return the `cast` of this node to a device, a dtype, or both; None leaves that one as it is."""
         return _call(
             "cast",

@@ -37,9 +37,7 @@ def model(
     return ModelRecipeNode(state_dict, config, merge_space)
 
 
-def literal(
-    value: Any, config: str | Named | None = None, merge_space: str | Named | None = None
-) -> RecipeNode:
+def literal(value: Any, config: str | Named | None = None, merge_space: str | Named | None = None) -> RecipeNode:
     """Make a node of a value.
 
     Args:

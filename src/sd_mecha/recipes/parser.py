@@ -94,9 +94,7 @@ class _Parser:
             self._has_version = True
             return
         if words[0] == "version":
-            message = (
-                f"version {' '.join(words[1:])[:40]!r} cannot be read: this release reads version {VERSION}"
-            )
+            message = f"version {' '.join(words[1:])[:40]!r} cannot be read: this release reads version {VERSION}"
         else:
             message = f"the version is missing: the first line of a recipe is 'version {VERSION}'"
         raise RecipeVersionError(message, line=self._number, column=1, source=shown(self._line))
@@ -112,11 +110,7 @@ class _Parser:
     def _read_literal(self, tokens: list[Token], column: int) -> RecipeNode:
         target, config, space = self._declaration("literal", "a reference to a dict", tokens, column)
         node = self._value(target)
-        if (
-            not isinstance(node, LiteralRecipeNode)
-            or node.model_config is not None
-            or node.merge_space is not None
-        ):
+        if not isinstance(node, LiteralRecipeNode) or node.model_config is not None or node.merge_space is not None:
             self._fail("a literal takes a reference to a dict instruction, such as &0", target.value_column)
         return LiteralRecipeNode(node.value_dict, config, space)
 

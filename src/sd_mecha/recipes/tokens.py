@@ -86,9 +86,7 @@ def split_line(line: str, start: int, number: int) -> Iterator[Token]:
                     'this quote is not closed; a quote inside a string is written \\"',
                     line=number, column=start + 1, source=shown(line),
                 )  # fmt: skip
-            raise RecipeSyntaxError(
-                "a value is missing after '='", line=number, column=start + 1, source=shown(line)
-            )
+            raise RecipeSyntaxError("a value is missing after '='", line=number, column=start + 1, source=shown(line))
         name = bare_name if quoted_name is None else quoted_name
         value_start = match.start("bare") if string is None else match.start("string") - 1
         yield Token(
@@ -125,9 +123,7 @@ def parse_bare(text: str) -> Scalar | Ref:
         except ValueError:
             raise ValueError(f"cannot read {text[:40]!r}: it is no hexadecimal number") from None
     if len(text) > 640 and text.lstrip("+-").isdecimal():
-        raise ValueError(
-            f"a decimal number of {len(text)} digits is too long: write it in hexadecimal, 0x..."
-        )
+        raise ValueError(f"a decimal number of {len(text)} digits is too long: write it in hexadecimal, 0x...")
     try:
         return float(text)
     except ValueError:

@@ -108,14 +108,10 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     if value is None or isinstance(value, torch.dtype):
         return value
     if not isinstance(value, str):
-        raise OptionError(
-            f"a dtype must be a torch.dtype, its name or None, got {type(value).__name__} {value!r}"
-        )
+        raise OptionError(f"a dtype must be a torch.dtype, its name or None, got {type(value).__name__} {value!r}")
     name = value.strip().lower().removeprefix("torch.")
     if name in _BY_NAME:
         return _BY_NAME[name]
     near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.7)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else "expected a name such as 'float16', 'bfloat16' or 'float32'"
-    )
+    hint = f"did you mean {near[0]!r}?" if near else "expected a name such as 'float16', 'bfloat16' or 'float32'"
     raise OptionError(f"unknown dtype {value!r}; {hint}")

@@ -165,9 +165,7 @@ class RangeFile:
                 with handle.lock:
                     done = _seek_and_read(handle.file, offset, view)
         except OSError as error:
-            raise ChangedInputError(
-                f"{self.path}: cannot be read at byte {offset}: {error.strerror}"
-            ) from error
+            raise ChangedInputError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
         finally:
             self._pool.give_back(handle)
         if done < len(view):

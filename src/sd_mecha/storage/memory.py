@@ -70,18 +70,14 @@ class MemoryReader:
     def _check_metadata(self, value: Any) -> dict[str, str]:
         if isinstance(value, Mapping) and all(isinstance(t, str) for pair in value.items() for t in pair):
             return dict(value)
-        raise RecipeTypeError(
-            f"{self.name}: {METADATA_KEY!r} must map str to str, got {type(value).__name__}"
-        )
+        raise RecipeTypeError(f"{self.name}: {METADATA_KEY!r} must map str to str, got {type(value).__name__}")
 
     def _check_tensor(self, key: Any, value: Any) -> None:
         if not isinstance(key, str):
             raise RecipeTypeError(f"{self.name}: keys must be str, got {type(key).__name__} {key!r}")
         if isinstance(value, Mapping):
             hint = f"; if the tensors are inside it, pass mapping[{key!r}] instead"
-            raise RecipeTypeError(
-                f"{self.name}: {key!r} must be a tensor, got a {type(value).__name__}{hint}"
-            )
+            raise RecipeTypeError(f"{self.name}: {key!r} must be a tensor, got a {type(value).__name__}{hint}")
         if not isinstance(value, torch.Tensor):
             hint = "; convert it with torch.as_tensor() or remove it"
             raise RecipeTypeError(f"{self.name}: {key!r} must be a tensor, got {type(value).__name__}{hint}")
@@ -91,9 +87,7 @@ class MemoryReader:
                 f"{self.name}: {key!r} must be a dense tensor, got {value.layout} {value.dtype}{hint}"
             )
         if value.is_meta:
-            raise RecipeTypeError(
-                f"{self.name}: {key!r} is on the meta device and has no data; load the model first"
-            )
+            raise RecipeTypeError(f"{self.name}: {key!r} is on the meta device and has no data; load the model first")
 
 
 class MemoryWriter:
@@ -141,9 +135,7 @@ class MemoryWriter:
         """
         nbytes, done = self._entries[name].nbytes, sum(self._written[name])
         if done < nbytes:
-            raise OutputError(
-                f"in-memory output: {name!r} is incomplete: {done} of {nbytes} bytes were written"
-            )
+            raise OutputError(f"in-memory output: {name!r} is incomplete: {done} of {nbytes} bytes were written")
         return self._allocate(name)[0]
 
     def commit(self) -> None:
@@ -173,17 +165,13 @@ class MemoryWriter:
                 try:
                     tensor = torch.empty(entry.shape, dtype=entry.dtype)
                 except (RuntimeError, MemoryError) as error:
-                    raise OutputError(
-                        f"in-memory output: no memory for {name!r} of {entry.nbytes} bytes"
-                    ) from error
+                    raise OutputError(f"in-memory output: no memory for {name!r} of {entry.nbytes} bytes") from error
                 self._tensors[name] = (tensor, byte_view(tensor))
             return self._tensors[name]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-    )
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _elements(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -103,9 +103,7 @@ class OutputFile:
             os.ftruncate(self._descriptor, size)
             os.fsync(self._descriptor)
             self._close()
-            if (
-                self._flush_error is not None
-            ):  # the system reports a failed write-back once: not to fsync again
+            if self._flush_error is not None:  # the system reports a failed write-back once: not to fsync again
                 raise self._flush_error
             os.replace(self._temporary, self._target)
         self._temporary = None
@@ -123,9 +121,7 @@ class OutputFile:
     def _check_target(self, target: str) -> None:
         folder = os.path.dirname(target)
         if not os.path.isdir(folder):
-            raise OutputError(
-                f"output {self.path!r}: there is no folder {folder!r}; create it or choose another"
-            )
+            raise OutputError(f"output {self.path!r}: there is no folder {folder!r}; create it or choose another")
         if os.path.isdir(target):
             raise OutputError(f"output {self.path!r} is a folder; name a file in it")
         if os.path.exists(target) and not os.path.isfile(target):

@@ -142,9 +142,7 @@ def _check_shape(source: str, name: str, dtype: Any, shape: Any) -> tuple[Tensor
     torch_dtype = FROM_SAFETENSORS.get(dtype) if type(dtype) is str else None
     if torch_dtype is None:
         if type(dtype) is str and dtype in FORMAT_NAMES:
-            _fail(
-                source, name, "dtype without a torch counterpart", dtype, "one that the installed torch has"
-            )
+            _fail(source, name, "dtype without a torch counterpart", dtype, "one that the installed torch has")
         _fail(source, name, "unknown dtype", dtype, "one of " + ", ".join(FROM_SAFETENSORS))
     if type(shape) is not list:
         _fail(source, name, "shape is not a list", shape, "a list of whole numbers")
@@ -172,12 +170,7 @@ def _file_shape(name: str, entry: TensorEntry) -> tuple[int, ...]:
 
 
 def _check_offsets(source: str, name: str, offsets: Any) -> tuple[int, int]:
-    if (
-        type(offsets) is not list
-        or len(offsets) != 2
-        or type(offsets[0]) is not int
-        or type(offsets[1]) is not int
-    ):
+    if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
         _fail(source, name, "bad data_offsets", offsets, "[begin, end]")
     begin, end = offsets
     if not 0 <= begin <= end:
@@ -211,6 +204,4 @@ def _fail(source: str, name: str, rule: str, got: Any, expected: str, *, raw: bo
 
 def _fail_metadata(source: str, got: Any, expected: str) -> NoReturn:
     shown = got if isinstance(got, str) else brief(got)
-    raise FileFormatError(
-        f"{source}: {METADATA_KEY} is not a map from text to text: got {shown}, expected {expected}"
-    )
+    raise FileFormatError(f"{source}: {METADATA_KEY} is not a map from text to text: got {shown}, expected {expected}")

@@ -77,7 +77,5 @@ def _refuse_constant(text: str) -> NoReturn:
 
 def _short_int(text: str) -> int | float:
     if len(text) > _MAX_DIGITS:
-        raise _BadJsonError(
-            f"number too large in the header: got {len(text)} digits, expected at most {_MAX_DIGITS}"
-        )
+        raise _BadJsonError(f"number too large in the header: got {len(text)} digits, expected at most {_MAX_DIGITS}")
     return -0.0 if text == "-0" else int(text)  # "-0" is no whole number for the reference reader

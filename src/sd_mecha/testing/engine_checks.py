@@ -73,6 +73,7 @@ def _merge(recipe: Any, space: str, dtype: torch.dtype, options: Mapping[str, in
         allow_empty_merge=True,
         **options,
     )
+    assert merged is not None
     return {key: tensor for key, tensor in merged.items() if isinstance(tensor, Tensor)}
 
 

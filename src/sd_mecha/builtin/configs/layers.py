@@ -108,9 +108,7 @@ def unet(*, latent: int, base: int, widths: tuple[int, ...], depths: tuple[int, 
             block += 1
             skipped.append(channels)
     layers["middle_block.0"] = unet_residual(channels, channels, embedding)
-    layers["middle_block.1"] = spatial_transformer(
-        channels, context, [depth for depth in depths if depth][-1]
-    )
+    layers["middle_block.1"] = spatial_transformer(channels, context, [depth for depth in depths if depth][-1])
     layers["middle_block.2"] = unet_residual(channels, channels, embedding)
     block = 0
     for level, (width, depth) in reversed(list(enumerate(levels))):
@@ -139,9 +137,7 @@ def vae_residual(outputs: int, inputs: int) -> Shapes:
 
 
 def vae_middle(width: int) -> Shapes:
-    attention_layers: dict[str | int, Shapes] = {
-        name: conv(width, width, 1) for name in ("q", "k", "v", "proj_out")
-    }
+    attention_layers: dict[str | int, Shapes] = {name: conv(width, width, 1) for name in ("q", "k", "v", "proj_out")}
     return nest(
         {
             "block_1": vae_residual(width, width),
@@ -189,10 +185,7 @@ def clip_text(*, width: int, layers: int, tokens: int = 77, vocabulary: int = 49
     layer = nest(
         {
             "layer_norm1": norm(width),
-            **{
-                f"self_attn.{name}": linear(width, width)
-                for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-            },
+            **{f"self_attn.{name}": linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
             "layer_norm2": norm(width),
             "mlp.fc1": linear(4 * width, width),
             "mlp.fc2": linear(width, 4 * width),

@@ -61,9 +61,7 @@ def _averages(diffuser: Shapes) -> Keys:
     for key in sorted(diffuser, key=lambda key: key.replace(".", "")):
         flat = key.replace(".", "")
         alias = f"model_ema.{flat}"
-        keys[f"model_ema.diffusion_model{flat}"] = KeyMetadata(
-            diffuser[key], torch.float32, (alias,), optional=True
-        )
+        keys[f"model_ema.diffusion_model{flat}"] = KeyMetadata(diffuser[key], torch.float32, (alias,), optional=True)
     return keys
 
 

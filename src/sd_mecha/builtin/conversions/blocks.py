@@ -34,9 +34,9 @@ class convert_sd1_blocks_to_ldm:
         for key in builder.out.keys():  # noqa: SIM118 (it is no mapping)
             builder[key] = builder.blocks.keys[block_of(key, last_block="OUT11")]
 
-    def __call__(
-        self, blocks: Parameter(StateDict[T], model_config="sd1-supermerger_blocks"), **kwargs: Any
-    ) -> Return(T, model_config="sd1-ldm"):
+    def __call__(self, blocks: Parameter(StateDict[T], model_config="sd1-supermerger_blocks"), **kwargs: Any) -> Return(
+        T, model_config="sd1-ldm"
+    ):
         (key,) = kwargs["key_relation"].inputs["blocks"]
         return blocks[key]
 

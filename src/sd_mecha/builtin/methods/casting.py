@@ -29,6 +29,7 @@ def cast(
     Cost: elementwise, one pass. The result is cast again to `output_dtype` unless that is None.
     Source: none needed.
 
+    >>> import torch
     >>> cast.__wrapped__(torch.tensor([1.5, -2.7]), dtype="int8")
     tensor([ 1, -2], dtype=torch.int8)
     """
@@ -48,6 +49,7 @@ def get_dtype(a: Parameter(Tensor, MergeSpaceSymbol())) -> Return(str, "param"):
     Cost: none; headers suffice.
     Source: none needed.
 
+    >>> import torch
     >>> get_dtype.__wrapped__(torch.zeros(2, dtype=torch.float16))
     'float16'
     """
@@ -67,6 +69,7 @@ def get_device(a: Parameter(Tensor, MergeSpaceSymbol())) -> Return(str, "param")
     Cost: none.
     Source: none needed.
 
+    >>> import torch
     >>> get_device.__wrapped__(torch.zeros(2))
     'cpu'
     """

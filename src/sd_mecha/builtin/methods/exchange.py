@@ -32,25 +32,24 @@ def exchange_ema(model: Parameter(StateDict[Tensor])) -> Return(Tensor):
     """
 
 
-@merge_method(
-    identifier="exchange_ema_'sd1-ldm'", implements=exchange_ema, tiling="select", reuse_outputs=False
-)
+@merge_method(identifier="exchange_ema_'sd1-ldm'", implements=exchange_ema, tiling="select", reuse_outputs=False)
 class exchange_ema_sd1_ldm:
     """Swap trained weights and moving averages of a Stable Diffusion 1 checkpoint; see `exchange_ema`."""
 
     @staticmethod
     def map_keys(builder: Any) -> None:
         keys = set(builder.out.keys())
-        trained = {ema_key(key): key for key in keys if ema_key(key) in keys}
-        averaged = {key: ema for ema, key in trained.items()}
+        averages = {key: ema for key in keys if (ema := ema_key(key)) in keys}
+        partner = averages | {ema: key for key, ema in averages.items()}
         for key in builder.out.keys():  # noqa: SIM118 (it is no mapping)
-            builder[key] = builder.model.keys[trained.get(key) or averaged.get(key) or key]
+            own = builder.model.keys[key]
+            # an exchange needs both; what has no partner in the config stays
+            builder[key] = builder.model.keys[partner[key]] & own if key in partner else own
 
     def __call__(self, model: Parameter(StateDict[Tensor], model_config="sd1-ldm"), **kwargs: Any) -> Return(
         Tensor, model_config="sd1-ldm"
     ):
-        (key,) = kwargs["key_relation"].inputs["model"]
-        return model[key]
+        return model[kwargs["key_relation"].inputs["model"][0]]
 
 
 def ema_key(key: str) -> str | None:

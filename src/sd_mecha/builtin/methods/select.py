@@ -21,7 +21,8 @@ class fallback:
 
     Args:
         a: the preferred model; of any kind, also a dict of numbers.
-        default: what fills the gaps, of the same kind.
+        default: what fills the gaps, of the same kind. Models of unknown architecture have no gaps: only the keys
+            that all of them share are merged.
 
     Use when: a merge covers only some keys (a UNet, a few blocks) and the rest should come from a whole
     model.
@@ -29,10 +30,12 @@ class fallback:
     Source: none needed.
 
     >>> import sd_mecha
-    >>> a, b = {"x": torch.tensor([1.0])}, {"x": torch.tensor([2.0]), "y": torch.tensor([3.0])}
-    >>> merged = sd_mecha.merge(sd_mecha.model(a) | sd_mecha.model(b), output_dtype=None)
-    >>> merged["x"], merged["y"]
-    (tensor([1.]), tensor([3.]))
+    >>> keys = ["first_stage_model.quant_conv.bias", "first_stage_model.post_quant_conv.bias"]
+    >>> a = sd_mecha.model({keys[0]: torch.ones(1)}, config="sd1-ldm")
+    >>> b = sd_mecha.model(dict.fromkeys(keys, torch.zeros(1)), config="sd1-ldm")
+    >>> merged = sd_mecha.merge(a | b, output_dtype=None)
+    >>> merged[keys[0]], merged[keys[1]]
+    (tensor([1.]), tensor([0.]))
     """
 
     @staticmethod
@@ -141,9 +144,7 @@ def _component(config: ModelConfig, component: str, method: str) -> Any:
     components = config.components()
     if component not in components:
         known = ", ".join(components)
-        raise ValueError(
-            f"{method}: {config.identifier} has no component {component!r}; its components are {known}"
-        )
+        raise ValueError(f"{method}: {config.identifier} has no component {component!r}; its components are {known}")
     return components[component].keys()
 
 
