@@ -7,8 +7,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,12 @@ def stream(recipe: RecipeNodeOrValue, **options: Any) -> Iterator[tuple[str, tor
         writer.declare(planned.outputs[0], {})
         with _progress(checked, planned) as progress:
             steps = _in_turn if checked.workers() == 0 else _ahead
-            for key in steps(planned, writer, _run_options(checked), progress):
-                tensor = writer.complete(key)
-                writer.drop(key)
-                yield key, _placed(tensor, checked)
+            # closed before the models are: a consumer that stops early leaves workers that still read from them
+            with closing(steps(planned, writer, _run_options(checked), progress)) as finished:
+                for key in finished:
+                    tensor = writer.complete(key)
+                    writer.drop(key)
+                    yield key, _placed(tensor, checked)
 
 
 def plan(recipe: RecipeNodeOrValue, **options: Any) -> Plan:
@@ -307,7 +309,9 @@ def _progress(options: MergeOptions, planned: Plan) -> _Progress:
     return _Progress(bar.__enter__(), planned)
 
 
-def _in_turn(planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress) -> Iterator[str]:
+def _in_turn(
+    planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress
+) -> Generator[str, None, None]:
     done: list[str] = []
 
     def finished(target: int, key: str, nbytes: int) -> None:
@@ -321,7 +325,9 @@ def _in_turn(planned: Plan, writer: MemoryWriter, options: RunOptions, progress:
         done.clear()
 
 
-def _ahead(planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress) -> Iterator[str]:
+def _ahead(
+    planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress
+) -> Generator[str, None, None]:
     """Workers run in the background and wait when the consumer is a few tensors behind."""
     ready: queue.Queue[str | None] = queue.Queue(maxsize=2 * options.workers)
     stopped = threading.Event()

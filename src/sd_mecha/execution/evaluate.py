@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sd_mecha.errors import ContractError, StateDictKeyError
-from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.extensions.tile import Tile
-from sd_mecha.planning.arguments import Values
+from sd_mecha.planning.arguments import Values, as_type
 from sd_mecha.planning.keys import identity_relation
 from sd_mecha.planning.program import Arg, Call, Callee, Program
 from sd_mecha.storage.contract import TensorEntry
@@ -37,17 +35,17 @@ class Deferred:
 
 
 class _LazyValues(Values):
-    """A state dict parameter whose values are read on demand."""
+    """A state dict parameter whose values are read on demand, and cast where the parameter declares another type."""
 
-    def __init__(self, values: Mapping[str, Any], config: ModelConfig | None, method: str) -> None:
-        super().__init__(values, config, method)
+    def __init__(self, values: Mapping[str, Any], arg: Arg, method: str) -> None:
+        super().__init__(values, arg.config, method)
+        self._convert = arg.convert
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        return value.read() if isinstance(value, Deferred) else value
-
-    def __iter__(self) -> Iterator[str]:
-        return super().__iter__()
+        if isinstance(value, Deferred):
+            value = value.read()
+        return value if self._convert is None or value is None else as_type(value, self._convert)
 
 
 class Caller:
@@ -126,11 +124,9 @@ class Caller:
     @staticmethod
     def _argument(arg: Arg, values: MutableMapping[int, Any], program: Program, method: str) -> Any:
         if arg.by_key is not None:
-            return _LazyValues({program.name(k): values[s] for k, s in arg.by_key}, arg.config, method)
+            return _LazyValues({program.name(k): values[s] for k, s in arg.by_key}, arg, method)
         value = values[arg.slot]
-        if arg.convert is not None and isinstance(value, torch.Tensor):
-            return arg.convert(value.item())
-        return value
+        return value if arg.convert is None else as_type(value, arg.convert)
 
 
 def skipped(step: Call, key: str, method: str, error: StateDictKeyError) -> Missing:

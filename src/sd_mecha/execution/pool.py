@@ -29,6 +29,7 @@ class _Batch(Generic[L]):
     def __init__(self, tasks: Iterable[Callable[[L], None]]) -> None:
         self.tasks = deque(tasks)
         self.running = 0
+        self.error: BaseException | None = None  # the first exception of a task
 
 
 class Pool(Generic[L]):
@@ -97,7 +98,11 @@ class Pool(Generic[L]):
             raise Stopped
 
     def share(self, lane: L, tasks: Iterable[Callable[[L], None]]) -> None:
-        """Do all tasks, together with workers that have nothing else to do."""
+        """Do all tasks, together with workers that have nothing else to do.
+
+        Raises:
+            Exception: the first of any task, whoever ran it; by then no task of these is running any more.
+        """
         if self.workers < 2:
             for task in tasks:
                 task(lane)
@@ -110,10 +115,14 @@ class Pool(Generic[L]):
             pass
         with self._changed:
             self._batches.remove(batch)
-            self._changed.wait_for(lambda: batch.running == 0 or self._error is not None)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: batch.running == 0)
+        if batch.error is not None:
+            raise batch.error
         self.check()
 
     def _take_from(self, batch: _Batch[L], lane: L) -> bool:
+        """Do one task; a failure is the business of the worker that shares the batch."""
         with self._changed:
             if not batch.tasks or self._error is not None:
                 return False
@@ -121,10 +130,10 @@ class Pool(Generic[L]):
             batch.running += 1
         try:
             task(lane)
-        except BaseException:
+        except BaseException as error:
             with self._changed:
+                batch.error = batch.error or error
                 batch.tasks.clear()  # the rest of this tensor is in vain
-            raise
         finally:
             with self._changed:
                 batch.running -= 1

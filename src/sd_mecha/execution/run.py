@@ -143,8 +143,11 @@ class _WarnOnce:
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
+        self._lock = threading.Lock()
 
     def __call__(self, key: str) -> None:
-        if key not in self._seen:
+        with self._lock:
+            first = key not in self._seen
             self._seen.add(key)
+        if first:
             _logger.warning("the result at key %r holds inf or nan", key)

@@ -102,15 +102,17 @@ class PlannedCall:
 
     def _value(self, arg: Arg, make: Any) -> Any:
         if arg.by_key is not None:
-            values = {self.key if k is None else k: self._slot(s, make) for k, s in arg.by_key}
+            values = {self.key if k is None else k: self._slot(s, arg.convert, make) for k, s in arg.by_key}
             return Values(values, arg.config, self.method.identifier)
-        if arg.convert is not None:
-            return PLACEHOLDERS[arg.convert]
-        return self._slot(arg.slot, make)
+        return self._slot(arg.slot, arg.convert, make)
 
-    def _slot(self, slot: int, make: Any) -> Any:
+    def _slot(self, slot: int, convert: type | torch.dtype | None, make: Any) -> Any:
         if slot in self.constants:
             return self.constants[slot]
+        if isinstance(convert, torch.dtype):
+            return make(TensorEntry((), convert))
+        if convert is not None:
+            return PLACEHOLDERS[convert]
         spec = self.specs[slot]
         return make(spec) if isinstance(spec, TensorEntry) else PLACEHOLDERS[spec]
 
@@ -125,17 +127,26 @@ def convert_constant(value: Any, wanted: Any, merge_dtype: torch.dtype | None) -
         return value
     try:
         if wanted is torch.Tensor:
-            if isinstance(value, torch.Tensor):
-                return value
-            floating = merge_dtype is not None and merge_dtype.is_floating_point
-            return torch.tensor(float(value), dtype=merge_dtype if floating else torch.float32)
-        if isinstance(value, wanted):
+            return value if isinstance(value, torch.Tensor) else as_type(float(value), scalar_dtype(merge_dtype))
+        if type(value) is wanted:
             return value
         if wanted is not str and not isinstance(value, str):
-            return wanted(value.item() if isinstance(value, torch.Tensor) else value)
+            return as_type(value, wanted)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RecipeTypeError(f"the value {value!r} cannot be used as {_name(wanted)}: {error}") from error
     raise RecipeTypeError(f"the {type(value).__name__} {value!r} cannot be used as {_name(wanted)}")
+
+
+def as_type(value: Any, wanted: type | torch.dtype) -> Any:
+    """A number, or a tensor of one element, as a Python number; or a number as a 0-d tensor of a dtype."""
+    if isinstance(wanted, torch.dtype):
+        return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=wanted)
+    return wanted(value.item() if isinstance(value, torch.Tensor) else value)
+
+
+def scalar_dtype(merge_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the tensor that a number becomes."""
+    return merge_dtype if merge_dtype is not None and merge_dtype.is_floating_point else torch.float32
 
 
 def _name(wanted: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,7 +11,7 @@ from sd_mecha.errors import RecipeTypeError, ShapeError
 from sd_mecha.extensions.method import method_of
 from sd_mecha.extensions.parameters import ParameterData
 from sd_mecha.planning import integers
-from sd_mecha.planning.arguments import PlannedCall, convert_constant
+from sd_mecha.planning.arguments import PlannedCall, convert_constant, scalar_dtype
 from sd_mecha.planning.bench import Workbench
 from sd_mecha.planning.keys import Source
 from sd_mecha.planning.program import Arg, Call, Load, Output, Step, Template
@@ -243,7 +243,12 @@ class Builder:
         relation = None if realized is None else realized[key]
         outputs = (key,) if relation is None else relation.outputs
         parameters = self._parameters(node, key)
-        args = [self._arg(data, sources) for _, data, sources in parameters]
+        args = []
+        for name, data, sources in parameters:
+            try:
+                args.append(self._arg(data, sources))
+            except RecipeTypeError as error:
+                raise RecipeTypeError(f"key {key!r}: {method.identifier}: {name}: {error}") from error
         positional, named = (
             tuple(args[: len(node.args)]),
             tuple(zip(node.kwargs, args[len(node.args) :], strict=True)),
@@ -289,23 +294,35 @@ class Builder:
     def _arg(self, data: ParameterData, sources: Sequence[Source]) -> Arg:
         if data.is_state_dict:
             config = self.target.configs[sources[0][0]] if sources else None
-            pairs = [(self.name(k), self._typed(self._slots[n, k], data.value_type)[0]) for n, k in sources]
-            return Arg(-1, None, tuple(pairs), config)
+            typed = [self._typed(self._slots[source], data.value_type) for source in sources]
+            pairs = tuple([(self.name(key), slot) for (_, key), (slot, _) in zip(sources, typed, strict=True)])
+            return Arg(-1, next((c for _, c in typed if c is not None), None), pairs, config)
         if not sources:
             return Arg(self._constant(None))
         return Arg(*self._typed(self._slots[sources[0]], data.interface))
 
-    def _typed(self, slot: int, wanted: Any) -> tuple[int, type | None]:
-        """A slot as the declared type: constants are converted now, tensors to Python numbers when the call runs."""
+    def _typed(self, slot: int, wanted: Any) -> tuple[int, type | torch.dtype | None]:
+        """A slot as the declared type: constants are converted now, computed values when the call runs.
+
+        Raises:
+            RecipeTypeError: the value cannot be had as that type.
+        """
         if slot in self.constants:
             token = (slot, wanted)
             if token not in self._converted:
                 value = convert_constant(self.constants[slot], wanted, self.bench.precision.merge_dtype)
                 self._converted[token] = slot if value is self.constants[slot] else self._constant(value)
             return self._converted[token], None
-        if wanted in _NUMBERS and isinstance(self.specs[slot], TensorEntry):
-            return slot, wanted
-        return slot, None
+        spec = self.specs[slot]
+        if spec is wanted or isinstance(wanted, TypeVar) or (wanted is torch.Tensor and isinstance(spec, TensorEntry)):
+            return slot, None
+        if isinstance(spec, TensorEntry):
+            if wanted in _NUMBERS and spec.numel == 1:
+                return slot, wanted
+            raise RecipeTypeError(f"a tensor of shape {spec.shape} cannot be used as {wanted.__name__}")
+        if spec in _NUMBERS and wanted is not str:
+            return slot, scalar_dtype(self.bench.precision.merge_dtype) if wanted is torch.Tensor else wanted
+        raise RecipeTypeError(f"a computed {spec.__name__} cannot be used as {wanted.__name__}")
 
     def _result(self, call: PlannedCall, outputs: tuple[str, ...], parameters: Sequence[Parameter]) -> Result:
         try:

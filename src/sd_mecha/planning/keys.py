@@ -81,7 +81,8 @@ class _Solver:
                 assert isinstance(node, MergeRecipeNode)
                 keys = self._merge(node)
             if gone := self.missing.get(node):
-                keys = self._intern(keys - gone)
+                stored = self.facts.stored.get(node, {})  # a model lacks what its file calls by an alias
+                keys = self._intern(frozenset(k for k in keys if k not in gone and stored.get(k) not in gone))
             self.facts.available[node] = keys
         return self.facts
 

@@ -36,7 +36,7 @@ class Arg(NamedTuple):
     """One argument of a call: a slot, or the slots of a state dict by key."""
 
     slot: int = -1
-    convert: type | None = None  # take the Python value of a one-element tensor
+    convert: type | torch.dtype | None = None  # computed values become that Python type, or a 0-d tensor
     by_key: tuple[tuple[str | None, int], ...] | None = None
     config: ModelConfig | None = None
 

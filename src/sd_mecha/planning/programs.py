@@ -106,7 +106,7 @@ class Signatures:
                 relation = facts.realized[node][key]
                 if relation.outputs != (key,) or any(k not in ((key,), ()) for k in relation.inputs.values()):
                     return None
-                parts.append((tuple(bool(k) for k in relation.inputs.values()), id(relation.meta)))
+                parts.append((tuple((p, bool(k)) for p, k in relation.inputs.items()), id(relation.meta)))
         return tuple(parts)
 
 

@@ -36,10 +36,12 @@ def infer(call: PlannedCall, outputs: tuple[str, ...], parameters: Sequence[Para
 def _elementwise(call: PlannedCall, parameters: Sequence[Parameter]) -> Spec:
     """The shape follows from the promise; the dtype is read off the result for one element."""
     shapes: dict[tuple[int, ...], None] = {}
+    entries: list[TensorEntry] = []
     for arg, (_, data) in zip((*call.args, *call.kwargs.values()), parameters, strict=True):
-        entry = call.specs[arg.slots[0]] if arg.slots else None
-        if isinstance(entry, TensorEntry) and not _is_param(data):
-            shapes[entry.shape] = None
+        found = [call.specs[s] for s in arg.slots] if arg.convert is None else []
+        entries += (e for e in found if isinstance(e, TensorEntry))
+        if found and isinstance(found[0], TensorEntry) and not _is_param(data):
+            shapes[found[0].shape] = None
     if len(shapes) > 1:
         raise ShapeError("the shapes differ")
     result = call.on_sample()
@@ -47,8 +49,7 @@ def _elementwise(call: PlannedCall, parameters: Sequence[Parameter]) -> Spec:
         result = run_whole(result, 1)
     if not isinstance(result, torch.Tensor):
         return type(result)
-    entries = [call.specs[s] for s in call.slots]
-    return TensorEntry(_broadcast(e.shape for e in entries if isinstance(e, TensorEntry)), result.dtype)
+    return TensorEntry(_broadcast(e.shape for e in entries), result.dtype)
 
 
 def _broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

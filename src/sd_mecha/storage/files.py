@@ -40,11 +40,24 @@ class _Handle:
         self.users = 0
 
 
-class DescriptorPool:
-    """Keeps at most `limit` descriptors open, more only while more than that are in use at once."""
+def descriptor_limit() -> int:
+    """Half of what the process may have open, so that the program around it keeps the other half."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit to ask for
+        return 256
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if allowed == resource.RLIM_INFINITY else max(min(allowed // 2, 1024), 8)
 
-    def __init__(self, limit: int = 128) -> None:
-        self.limit = limit
+
+class DescriptorPool:
+    """Keeps at most `limit` descriptors open, more only while more than that are in use at once.
+
+    Reading all models in turn with fewer descriptors than models would open a file for every read.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = descriptor_limit() if limit is None else limit
         self._handles: OrderedDict[object, _Handle] = OrderedDict()
         # Re-entrant: a RangeFile may be garbage-collected, hence forgotten, while this thread holds the lock.
         self._lock = threading.RLock()
