@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "2.0.0.dev0"
 
 _METHODS = (
+    "add_cosine_a",
+    "add_cosine_b",
+    "add_opposite_mask",
+    "add_strict_opposite_mask",
     "cast",
     "clamp",
+    "crossover",
     "exchange_ema",
     "fallback",
+    "geometric_median",
+    "geometric_sum",
     "get_device",
     "get_dtype",
+    "get_rank_from_ratio",
+    "model_stock",
+    "multiply_quotient",
     "n_average",
     "omit_component",
     "omit_non_finite",
@@ -27,9 +37,10 @@ _METHODS = (
     "subtract",
     "ties_sum",
     "ties_sum_extended",
+    "ties_sum_with_dropout",
+    "top_k_tensor_sum",
     "train_difference_mask",
-    "add_opposite_mask",
-    "add_strict_opposite_mask",
+    "truncate_rank",
     "weighted_sum",
 )
 """Merge methods that are public under their identifiers."""
@@ -39,6 +50,12 @@ _WHERE = {
     "add_difference_ties": "builtin.methods.composed",
     "add_difference_ties_extended": "builtin.methods.composed",
     "add_perpendicular": "builtin.methods.composed",
+    "copy_region": "builtin.methods.copying",
+    "n_model_stock": "builtin.methods.composed",
+    "tensor_sum": "builtin.methods.copying",
+    "rotate": "builtin.methods.composed",
+    "add_ties_with_dare": "builtin.methods.composed_dropout",
+    "dropout": "builtin.methods.composed_dropout",
     "convert": "conversion",
     "open_graph": "graph",
     "set_log_level": "logs",
@@ -86,13 +103,27 @@ if TYPE_CHECKING:
     from sd_mecha.builtin.methods.composed import add_difference_ties as add_difference_ties
     from sd_mecha.builtin.methods.composed import add_difference_ties_extended as add_difference_ties_extended
     from sd_mecha.builtin.methods.composed import add_perpendicular as add_perpendicular
+    from sd_mecha.builtin.methods.composed import n_model_stock as n_model_stock
+    from sd_mecha.builtin.methods.composed import rotate as rotate
+    from sd_mecha.builtin.methods.composed_dropout import add_ties_with_dare as add_ties_with_dare
+    from sd_mecha.builtin.methods.composed_dropout import dropout as dropout
+    from sd_mecha.builtin.methods.copying import copy_region as copy_region
+    from sd_mecha.builtin.methods.copying import tensor_sum as tensor_sum
+    from sd_mecha.builtin.methods.cosine import add_cosine_a as add_cosine_a
+    from sd_mecha.builtin.methods.cosine import add_cosine_b as add_cosine_b
+    from sd_mecha.builtin.methods.dropout import ties_sum_with_dropout as ties_sum_with_dropout
     from sd_mecha.builtin.methods.exchange import exchange_ema as exchange_ema
+    from sd_mecha.builtin.methods.fourier import crossover as crossover
+    from sd_mecha.builtin.methods.geometric import geometric_sum as geometric_sum
+    from sd_mecha.builtin.methods.geometric import multiply_quotient as multiply_quotient
     from sd_mecha.builtin.methods.linear import n_average as n_average
     from sd_mecha.builtin.methods.linear import subtract as subtract
     from sd_mecha.builtin.methods.linear import weighted_sum as weighted_sum
     from sd_mecha.builtin.methods.masks import add_opposite_mask as add_opposite_mask
     from sd_mecha.builtin.methods.masks import add_strict_opposite_mask as add_strict_opposite_mask
     from sd_mecha.builtin.methods.masks import train_difference_mask as train_difference_mask
+    from sd_mecha.builtin.methods.median import geometric_median as geometric_median
+    from sd_mecha.builtin.methods.regions import top_k_tensor_sum as top_k_tensor_sum
     from sd_mecha.builtin.methods.select import fallback as fallback
     from sd_mecha.builtin.methods.select import omit_component as omit_component
     from sd_mecha.builtin.methods.select import omit_non_finite as omit_non_finite
@@ -100,6 +131,9 @@ if TYPE_CHECKING:
     from sd_mecha.builtin.methods.select import stack as stack
     from sd_mecha.builtin.methods.spherical import perpendicular_component as perpendicular_component
     from sd_mecha.builtin.methods.spherical import slerp as slerp
+    from sd_mecha.builtin.methods.stock import model_stock as model_stock
+    from sd_mecha.builtin.methods.svd import get_rank_from_ratio as get_rank_from_ratio
+    from sd_mecha.builtin.methods.svd import truncate_rank as truncate_rank
     from sd_mecha.builtin.methods.ties import ties_sum as ties_sum
     from sd_mecha.builtin.methods.ties import ties_sum_extended as ties_sum_extended
     from sd_mecha.conversion import convert as convert

@@ -40,6 +40,10 @@ class RecipeTypeError(RecipeError, TypeError):
     """A value cannot stand where the recipe puts it."""
 
 
+class ParameterError(RecipeError, ValueError, RuntimeError):
+    """A merge method is given a value outside the range of a parameter, or too few models."""
+
+
 class UnknownNameError(MechaError, KeyError):
     """A method, config, merge space or format of that name is not registered."""
 
@@ -53,6 +57,10 @@ class DuplicateNameError(MechaError, ValueError):
 
 class ModelNotFoundError(MechaError, FileNotFoundError):
     """A model path leads to no file."""
+
+
+class ModelAccessError(MechaError, PermissionError):
+    """A model path leads to something that cannot be read as a file: a folder, a device, a file without permission."""
 
 
 class FileFormatError(MechaError, ValueError):
@@ -101,6 +109,10 @@ class ChangedInputError(MechaError, OSError):
 
 class OutputError(MechaError, OSError):
     """The output cannot be written; whatever stood under its name is untouched."""
+
+
+class OutputFolderError(OutputError, FileNotFoundError):
+    """The folder that an output should go to does not exist."""
 
 
 class StateDictKeyError(KeyError):

@@ -18,6 +18,7 @@ from sd_mecha.planning.interfaces import choose_implementations
 from sd_mecha.planning.opening import OpenModels, open_models
 from sd_mecha.planning.plan import check_models
 from sd_mecha.planning.spaces import prefer, solve_spaces
+from sd_mecha.planning.uses import unshare
 from sd_mecha.recipes.nodes import RecipeNode
 
 Configs = str | ModelConfig | Iterable[str | ModelConfig] | None
@@ -36,6 +37,7 @@ class RecipeGraph:
     """An analysed recipe whose models are open."""
 
     def __init__(self, root: RecipeNode, models: OpenModels, configs: bool, spaces: bool) -> None:
+        root = unshare(root)
         self.root = choose_implementations(root, models) if configs else root
         self.models = models
         self._solve_configs = configs

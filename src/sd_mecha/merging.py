@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from sd_mecha.errors import OptionError, RecipeTypeError
 from sd_mecha.conversion import convert
+from sd_mecha.errors import OptionError, RecipeTypeError
 from sd_mecha.execution.run import Runner, RunOptions
 from sd_mecha.extensions import model_dirs, model_formats
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, resolve, value_to_node
@@ -23,8 +23,9 @@ from sd_mecha.options import MergeOptions
 from sd_mecha.planning.bench import Precision
 from sd_mecha.planning.plan import Plan, PlanOptions, make_plan
 from sd_mecha.progress import NoProgress, RichProgress
-from sd_mecha.recipes.nodes import RecipeNode
+from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
 from sd_mecha.recipes.text import serialize_text
+from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Writer
 from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
@@ -185,9 +186,12 @@ Defaults.merge.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 def _plan(recipes: Sequence[RecipeNodeOrValue], options: MergeOptions) -> Plan:
     roots = [_root(recipe, options) for recipe in recipes]
-    caches = options.cache or {}
-    if stray := next((n for n in caches if not isinstance(n, RecipeNode)), None):
+    given = options.cache or {}
+    if stray := next((n for n in given if not isinstance(n, RecipeNode)), None):
         raise OptionError(f"cache maps recipe nodes to objects; got the key {stray!r}")
+    merges = (node for node in toposort(*roots) if isinstance(node, MergeRecipeNode))
+    caches: dict[RecipeNode, Any] = {node: node.cache for node in merges if node.cache is not None}
+    caches.update(given)
     return make_plan(
         roots,
         PlanOptions(
@@ -325,9 +329,7 @@ def _in_turn(
         done.clear()
 
 
-def _ahead(
-    planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress
-) -> Generator[str, None, None]:
+def _ahead(planned: Plan, writer: MemoryWriter, options: RunOptions, progress: _Progress) -> Generator[str, None, None]:
     """Workers run in the background and wait when the consumer is a few tensors behind."""
     ready: queue.Queue[str | None] = queue.Queue(maxsize=2 * options.workers)
     stopped = threading.Event()
@@ -354,8 +356,8 @@ def _ahead(
         put(None)
 
     producer = threading.Thread(target=produce, name="sd-mecha-stream", daemon=True)
-    producer.start()
     try:
+        producer.start()
         while (key := ready.get()) is not None:
             yield key
         if failure:
@@ -363,4 +365,5 @@ def _ahead(
     finally:
         stopped.set()
         runner.stop()
-        producer.join()
+        if producer.is_alive():
+            producer.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -82,11 +83,15 @@ class MergeOptions:
             raise OptionError(f"threads must be a non-negative integer or None, got {self.threads!r}")
         if isinstance(self.total_buffer_size, bool) or not isinstance(self.total_buffer_size, int | float):
             raise OptionError(f"total_buffer_size must be a number of bytes, got {self.total_buffer_size!r}")
-        if self.total_buffer_size < 0:
-            raise OptionError(f"total_buffer_size must not be negative, got {self.total_buffer_size}")
+        if not 0 <= self.total_buffer_size < math.inf:
+            raise OptionError(f"total_buffer_size must be finite and not negative, got {self.total_buffer_size}")
+        if self.cache is not None and not isinstance(self.cache, Mapping):
+            raise OptionError(f"cache must map recipe nodes to objects, got a {type(self.cache).__name__}")
+        if not (self.tqdm is None or self.tqdm is ... or callable(self.tqdm)):
+            raise OptionError(f"tqdm must be a class of progress bars or None, got a {type(self.tqdm).__name__}")
         return replace(
             self,
-            merge_device=_device(self.merge_device, "merge_device"),
+            merge_device=_compute_device(self.merge_device),
             output_device=_device(self.output_device, "output_device"),
             merge_dtype=parse_dtype(self.merge_dtype),
             output_dtype=parse_dtype(self.output_dtype),
@@ -130,4 +135,15 @@ def _device(device: str | torch.device | None, option: str) -> torch.device | No
         raise OptionError(f"{option}={str(device)!r}: there are {torch.cuda.device_count()} CUDA devices")
     if found.type == "meta":
         raise OptionError(f"{option}={str(device)!r}: the meta device holds no values")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise OptionError(f"{option}={str(device)!r}: this torch cannot use it; use 'cpu'") from error
+    return found
+
+
+def _compute_device(device: str | torch.device | None) -> torch.device | None:
+    found = _device(device, "merge_device")
+    if found is not None and found.type not in ("cpu", "cuda"):
+        raise OptionError(f"merge_device={str(device)!r}: merges run on 'cpu' or 'cuda'")
     return found

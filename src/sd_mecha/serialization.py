@@ -11,6 +11,7 @@ from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
 from sd_mecha.graph import open_graph
 from sd_mecha.recipes.nodes import RecipeNode
 from sd_mecha.recipes.text import deserialize_text, serialize_text
+from sd_mecha.storage.output_file import OutputFile
 
 SUFFIX = ".mecha"
 
@@ -27,6 +28,7 @@ def serialize(recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str |
     Raises:
         RecipeTypeError: the recipe holds tensors or in-memory models, which text cannot.
         PlanError: it cannot be finalised.
+        OutputError: the text cannot be written; a file of that name stays as it was.
     """
     node = value_to_node(recipe)
     if finalize:
@@ -35,8 +37,18 @@ def serialize(recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str |
             node = graph.finalize_root(check_extra_keys=False, check_mandatory_keys=False)
     text = serialize_text(node)
     if output is not None:
-        Path(output).write_text(text, encoding="utf-8", newline="\n")
+        _write(text.encode("utf-8"), output)
     return text
+
+
+def _write(data: bytes, path: str | os.PathLike[str]) -> None:
+    output = OutputFile(path)
+    try:
+        output.create(len(data))
+        output.write_at(0, memoryview(data))
+        output.publish(len(data))
+    finally:
+        output.discard()
 
 
 def deserialize(recipe: str | Sequence[str]) -> RecipeNode:

@@ -1,6 +1,7 @@
 """Declaring a merge method: what is read from the annotations, and what is refused."""
 
 import inspect
+import itertools
 from typing import Any, TypeVar
 
 import pytest
@@ -145,7 +146,7 @@ def test_annotations_may_be_text() -> None:
 
 
 def test_an_annotation_that_names_nothing_is_explained() -> None:
-    def method(a: "Parameter(Tensor, NoSuchName)") -> Return(Tensor):
+    def method(a: "Parameter(Tensor, NoSuchName)") -> Return(Tensor):  # noqa: F821
         return a
 
     with pytest.raises(RecipeTypeError, match="annotation name 'NoSuchName' cannot be found"):
@@ -165,7 +166,7 @@ def test_types_that_recipes_do_not_hold_are_refused(hint: Any) -> None:
     def method(a: Tensor, b: hint) -> Tensor:
         return a
 
-    with pytest.raises(RecipeTypeError, match="method: parameter b: .* is not a type a merge method can take"):
+    with pytest.raises(RecipeTypeError, match=r"method: parameter b: .* is not a type a merge method can take"):
         declare(method, identifier="a method")
 
 
@@ -292,3 +293,30 @@ def test_methods_with_one_identifier_are_different_methods() -> None:
     a, b = model(x=5.0), model(x=2.0)
     assert first(a, b) != second(a, b)
     assert run(sd_mecha.n_average(first(a, b), second(a, b)))["x"] == torch.tensor((6.0 + 3.0) / 2)
+
+
+def test_default_factories_make_a_value_for_each_node() -> None:
+    numbers = itertools.count(5)
+
+    @merge_method(register=False, default_factories={"seed": lambda: next(numbers)})
+    def noisy(a: Parameter(Tensor), seed: Parameter(int) = None, *, flag: Parameter(bool) = False) -> Return(Tensor):
+        return a + seed
+
+    model = sd_mecha.model({"w": torch.tensor([0.0])})
+
+    def value(node: Any) -> float:
+        return float(sd_mecha.merge(node, output_dtype=None)["w"])
+
+    left_out, given_none, given = noisy(model), noisy(model, None, flag=True), noisy(model, seed=1)
+    assert [value(left_out), value(left_out), value(given_none), value(given)] == [5.0, 5.0, 6.0, 1.0]
+    assert left_out != noisy(model)
+    assert noisy.get_default_args().as_dict() == {0: None, "flag": False}
+
+
+@pytest.mark.parametrize("name", ["b", "rank"])
+def test_default_factories_need_a_parameter_of_default_none(name: str) -> None:
+    with pytest.raises(RecipeTypeError, match=f"default_factories names '{name}'"):
+
+        @merge_method(register=False, default_factories={name: lambda: 1})
+        def broken(a: Parameter(Tensor), rank: Parameter(int) = 3) -> Return(Tensor):
+            return a

@@ -68,12 +68,18 @@ def test_directory_and_missing_path(tmp_path: Path) -> None:
         model_formats.find(tmp_path / "gone.safetensors")
 
 
-def test_output_goes_by_its_name(tmp_path: Path) -> None:
-    assert model_formats.for_output(tmp_path / "new.safetensors").identifier == "safetensors"
-    with pytest.raises(UnknownFormatError, match=r"ends in '\.ckpt'; use one of \.safetensors"):
-        model_formats.for_output(tmp_path / "new.ckpt")
-    with pytest.raises(UnknownFormatError, match="has no ending"):
-        model_formats.for_output("new")
+def test_output_that_asks_for_no_format_is_safetensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("new.safetensors", "new"):
+        assert model_formats.for_output(tmp_path / name).identifier == "safetensors"
+    assert not caplog.records
+    assert model_formats.for_output(tmp_path / "new.ckpt").identifier == "safetensors"
+    assert "is written as safetensors, although its name ends in .ckpt" in caplog.text
+
+
+def test_output_without_a_format_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_formats, "_registry", Registry("model format"))
+    with pytest.raises(UnknownFormatError, match=r"ends in '\.ckpt'; use one of \(none known\)"):
+        model_formats.for_output("new.ckpt")
 
 
 class Plain(ModelFormat):

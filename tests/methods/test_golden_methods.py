@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import sd_mecha
 from tests.methods import expressions, reference
+from tests.methods.test_golden_random import is_random
 
 ROOT = Path(__file__).parents[1] / "golden" / "methods"
 CASES: list[dict[str, Any]] = json.loads((ROOT / "manifest.json").read_text())["cases"]
@@ -34,11 +35,17 @@ CORRECTED = {
     "add_difference_ties_extended_composed_004": "trim threshold",
     "ties_sum_extended_021": "trim threshold",
     "ties_sum_extended_023": "trim threshold",
+    # the bound of a range of magnitudes was rounded to float32, so that the value it was taken from lay outside
+    "copy_region_012": "range of magnitudes",
+    # the map of wide matrices was not orthogonal at alignment 0 either, where it turns what alpha mixes in
+    **{f"rotate_{i:03}": "wide matrices" for i in (7, 8, 11, 12)},
 }
 """Cases with wrong golden numbers that the manifest does not mark, and what was wrong."""
 
 WORKS_NOW = {
     "ties_sum_extended_020": "one delta: the model-stock factor, applied by mistake, needs two",
+    "geometric_sum_015": "bfloat16",
+    "crossover_022": "bfloat16",
 }
 """Cases that raised, unmarked, although there is an answer."""
 
@@ -46,6 +53,7 @@ STILL_RAISES = {
     "get_dtype_001": "a str is no tensor that could be written",
     "get_device_001": "a str is no tensor that could be written",
     "add_difference_ties_014": "no model to merge",
+    "model_stock_005": "no model to merge",
 }
 """Cases that are refused, although the manifest has no error or a fault."""
 
@@ -53,9 +61,9 @@ STILL_RAISES = {
 def cases() -> list[Any]:
     chosen = []
     for case in CASES:
-        if all(map(expressions.exists, expressions.names(case["expression"]))):
-            marks = [] if case["deterministic"] else [pytest.mark.skip("random: compared by statistics")]
-            chosen.append(pytest.param(case, id=case["id"], marks=marks))
+        exists = all(map(expressions.exists, expressions.names(case["expression"])))
+        if exists and case["deterministic"] and not is_random(case):  # others: test_golden_random.py
+            chosen.append(pytest.param(case, id=case["id"]))
     return chosen
 
 
@@ -97,7 +105,13 @@ def test_case(case: dict[str, Any]) -> None:
         if key in right and (key in wrong or not golden):
             expected = torch.tensor(right[key]).to(got[key].dtype).double().numpy()
         assert got[key].shape == expected.shape, key
-        np.testing.assert_allclose(got[key].double().numpy(), expected, **case["tolerance"], err_msg=key)
+        np.testing.assert_allclose(got[key].double().numpy(), expected, **tolerance(case), err_msg=key)
+
+
+def tolerance(case: dict[str, Any]) -> dict[str, float]:
+    """How far a result may be off; cases that raised in bfloat16 ask for more than bfloat16 can hold."""
+    raised = case["id"] in WORKS_NOW and case["merge_dtype"] == "bfloat16"
+    return {"rtol": 2**-6, "atol": 2**-6} if raised else case["tolerance"]
 
 
 def wrong_keys(case: dict[str, Any], golden: dict[str, torch.Tensor]) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_mecha.errors import ChangedInputError, ModelNotFoundError
+from sd_mecha.errors import ChangedInputError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.files import DescriptorPool, RangeFile
 
@@ -216,7 +216,7 @@ def test_missing_folder_is_said(tmp_path):
 
 
 def test_folder_is_not_a_model(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="is a folder; name a model file"):
+    with pytest.raises(ModelAccessError, match="is a folder; name a model file"):
         RangeFile(tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_nul_in_a_path():
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_named_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ModelNotFoundError, match="not a regular file"):
+    with pytest.raises(ModelAccessError, match="not a regular file"):
         RangeFile(tmp_path / "pipe")
 
 
@@ -242,5 +242,5 @@ def test_unreadable_file(path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("sd_mecha.storage.files.io.FileIO", refuse)
-    with pytest.raises(ModelNotFoundError, match="cannot be opened: Permission denied"):
+    with pytest.raises(ModelAccessError, match="cannot be opened: Permission denied; check its permissions"):
         RangeFile(path)

@@ -15,14 +15,22 @@ from sd_mecha.extensions.reductions import Sum
 from sd_mecha.testing import check_merge_method
 
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "add_cosine_a": [{"alpha": 0.3}, {"alpha": 1.0}],
+    "add_cosine_b": [{"alpha": 0.3}, {"alpha": 1.0}],
     "add_difference": [{}, {"alpha": 0.3}],
     "cast": [{}, {"dtype": "float16"}],
     "clamp": [{}, {"stiffness": 0.4}],
+    "crossover": [{}, {"tilt": 0.7}, {"tilt": 1.0, "alpha": 0.3}],
+    "geometric_median": [{}, {"maxiter": 0}],
+    "geometric_sum": [{}, {"alpha": 0.0}, {"alpha": 1.3}],
+    "model_stock": [{}, {"filter_wise": True}, {"pairs": "adjacent", "bounded": False}],
     "omit_component": [{"component": "keys"}],
     "pick_component": [{"component": "keys"}],
     "slerp": [{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 1.0}],
+    "tensor_sum": [{}, {"width": 0.3, "offset": 0.9}],
     "ties_sum": [{}, {"k": 0.3, "vote_sgn": True}],
     "ties_sum_extended": [{}, {"apply_stock": True}, {"apply_median": True, "k": 1.0}],
+    "top_k_tensor_sum": [{}, {"width": 0.3, "offset": 0.9}],
     "weighted_sum": [{"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 1.0}],
 }
 SKIPS_EVERYTHING = {"omit_component"}  # of the one component that the trial model has

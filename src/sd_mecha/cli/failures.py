@@ -46,7 +46,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, MechaError):
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror}"
-    return str(error) or type(error).__name__
+    return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
 
 
 def _end(message: str, error: BaseException, debug: bool) -> None:

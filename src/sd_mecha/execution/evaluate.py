@@ -18,11 +18,12 @@ from sd_mecha.storage.contract import TensorEntry
 class Missing(Exception):
     """Something that the running program relies on does not exist after all."""
 
-    def __init__(self, origin: int, keys: tuple[str, ...], reason: str) -> None:
+    def __init__(self, origin: int, keys: tuple[str, ...], reason: str, deliberate: bool = False) -> None:
         super().__init__(reason)
         self.origin = origin
         self.keys = keys
         self.reason = reason
+        self.deliberate = deliberate
 
 
 class Deferred:
@@ -72,12 +73,12 @@ class Caller:
             kwargs["key_relation"] = step.relation or identity_relation(method, key)
             kwargs["cache"] = callee.cache
             kwargs["output_reused"] = step.reused
-            if tile is not None:
+            if tile is not None and method.tiling in ("elementwise", "rows"):
                 kwargs["tile"] = tile
         try:
             return self._instance(step.target)(*args, **kwargs)
         except StateDictKeyError as error:
-            raise skipped(step, key, method.identifier, error) from error
+            raise skipped(step, key, method.identifier) from error
         except Exception as error:
             explain_failure(error, f"merge method {method.identifier} failed at key {key!r}")
             raise
@@ -129,12 +130,14 @@ class Caller:
         return value if arg.convert is None else as_type(value, arg.convert)
 
 
-def skipped(step: Call, key: str, method: str, error: StateDictKeyError) -> Missing:
+def skipped(step: Call, key: str, method: str) -> Missing:
+    """What a method means that raises StateDictKeyError."""
     keys = (key,) if step.relation is None else step.relation.outputs
-    return Missing(step.origin, keys, f"{method} skips key {error.args[0] if error.args else key!r}")
+    return Missing(step.origin, keys, f"{method} skips what it is asked for", deliberate=True)
 
 
 def explain_failure(error: BaseException, text: str) -> None:
     """Say where an exception of somebody else's code came from, without changing its type."""
-    if hasattr(error, "add_note") and text not in getattr(error, "__notes__", ()):
-        error.add_note(text)
+    notes = getattr(error, "__notes__", [])
+    if text not in notes:
+        error.__notes__ = [*notes, text]  # type: ignore[attr-defined]  # what add_note does from Python 3.11 on

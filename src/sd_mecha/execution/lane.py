@@ -22,6 +22,7 @@ class Lane:
     """
 
     def __init__(self) -> None:
+        self.device = torch.device("cpu")
         self._raw = torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(b"")
 
@@ -39,8 +40,14 @@ class Lane:
         return self._raw[:nbytes].view(stored).to(dtype)
 
     def bytes_of(self, tensor: Tensor, dtype: torch.dtype) -> memoryview:
-        """A flat result in the output dtype, as bytes."""
-        return byte_view(tensor.to(dtype).contiguous())
+        """A flat result in the output dtype, as bytes; they are good until the next call."""
+        return byte_view(tensor.to(self.device, dtype).contiguous())
+
+    def synchronize(self) -> None:
+        """Wait until what this worker has asked for is done, so that other workers may build on it."""
+
+    def close(self) -> None:
+        """Leave the thread as it was."""
 
     def _reserve(self, nbytes: int) -> None:
         if nbytes > self._raw.numel():
@@ -55,6 +62,7 @@ class CudaLane(Lane):
         super().__init__()
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._before = torch.cuda.current_device(), torch.cuda.current_stream(device)
         torch.cuda.set_device(device)
         torch.cuda.set_stream(self.stream)
 
@@ -74,6 +82,15 @@ class CudaLane(Lane):
         self.stream.synchronize()
         return self._out_view[: narrow.nbytes]
 
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        device, stream = self._before
+        torch.cuda.set_stream(stream)
+        torch.cuda.set_device(device)
+
     def _reserve(self, nbytes: int) -> None:
         if nbytes > self._raw.numel():
             self._raw = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -86,6 +103,19 @@ class CudaLane(Lane):
         if tensor.nbytes > self._out.numel():
             self._out = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
             self._out_view = byte_view(self._out)
+
+
+def numbered(device: torch.device | None) -> torch.device | None:
+    """The device with its number: "cuda" is the one that the calling thread uses, which other threads cannot know."""
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def settle() -> None:
+    """Wait for the GPU, if this thread uses one, before other threads see what it has made."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().synchronize()
 
 
 def make_lane(device: torch.device | None) -> Lane:

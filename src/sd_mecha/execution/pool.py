@@ -37,14 +37,20 @@ class Pool(Generic[L]):
 
     Args:
         make_lane: makes what a worker keeps for itself: buffers, a CUDA stream.
+        close_lane: called with it when the calling thread has worked, which goes on to live.
     """
 
-    def __init__(self, workers: int, make_lane: Callable[[], L]) -> None:
+    def __init__(
+        self, workers: int, make_lane: Callable[[], L], close_lane: Callable[[L], None] = lambda lane: None
+    ) -> None:
         self.workers = workers
         self._make_lane = make_lane
+        self._close_lane = close_lane
         self._changed = threading.Condition()
         self._batches: deque[_Batch[L]] = deque()
         self._active = 0
+        self._running = 0
+        self._ended = 0
         self._error: BaseException | None = None
 
     def run(self, jobs: Iterator[J], work: Callable[[L, J], None]) -> None:
@@ -54,33 +60,39 @@ class Pool(Generic[L]):
             if self.workers == 0:
                 torch.set_num_threads(1)
                 lane = self._make_lane()
-                for job in jobs:
-                    work(lane, job)
+                try:
+                    for job in jobs:
+                        work(lane, job)
+                finally:
+                    self._close_lane(lane)
                 return
-            self._active = self.workers
+            self._active, self._ended = self.workers, 0
             lock = threading.Lock()
             threads = [
-                threading.Thread(target=self._worker, args=(jobs, lock, work), name=f"sd-mecha-{i}", daemon=True)
+                threading.Thread(target=self._thread, args=(jobs, lock, work), name=f"sd-mecha-{i}", daemon=True)
                 for i in range(self.workers)
             ]
-            for thread in threads:
-                thread.start()
-            self._wait(threads)
+            self._start_and_wait(threads)
         finally:
             torch.set_num_threads(threads_before)
         if self._error is not None:
             raise self._error
 
-    def _wait(self, threads: list[threading.Thread]) -> None:
+    def _start_and_wait(self, threads: list[threading.Thread]) -> None:
+        # Not by `join`: up to Python 3.12 a ctrl-C in there makes a running thread pass for a finished one.
         try:
             for thread in threads:
-                while thread.is_alive():
-                    thread.join(POLL_SECONDS)
+                thread.start()
+            self._wait_for(lambda: self._ended == len(threads))
         except BaseException as error:  # ctrl-C arrives here: workers stop at their next tile
             self.stop(error)
-            for thread in threads:
-                thread.join()
+            self._wait_for(lambda: self._running == 0)
             raise
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            while not condition():
+                self._changed.wait(POLL_SECONDS)  # a wait without end could not be interrupted on Windows
 
     def stop(self, error: BaseException) -> None:
         with self._changed:
@@ -139,6 +151,17 @@ class Pool(Generic[L]):
                 batch.running -= 1
                 self._changed.notify_all()
         return True
+
+    def _thread(self, jobs: Iterator[J], lock: threading.Lock, work: Callable[[L, J], None]) -> None:
+        with self._changed:
+            begins = self._error is None  # after ctrl-C nobody waits for a thread that was still starting
+            self._running += begins
+        if begins:
+            self._worker(jobs, lock, work)
+        with self._changed:  # only now, when all tensors of the worker are gone, the process may end
+            self._running -= begins
+            self._ended += 1
+            self._changed.notify_all()
 
     def _worker(self, jobs: Iterator[J], lock: threading.Lock, work: Callable[[L, J], None]) -> None:
         try:

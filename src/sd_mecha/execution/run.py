@@ -17,12 +17,11 @@ import torch
 
 from sd_mecha.execution.budget import Budget
 from sd_mecha.execution.evaluate import Caller, Missing
-from sd_mecha.execution.lane import Lane, make_lane
+from sd_mecha.execution.lane import Lane, make_lane, numbered
 from sd_mecha.execution.pool import Pool, Stopped
 from sd_mecha.execution.stages import Engine, Run
 from sd_mecha.planning.plan import Plan
 from sd_mecha.planning.program import Program
-from sd_mecha.planning.trail import describe
 from sd_mecha.recipes.nodes import RecipeNode
 from sd_mecha.storage.contract import Writer
 
@@ -69,7 +68,8 @@ class Runner:
         self._plan = plan
         self._sinks = _Sinks(writers)
         self._finished = finished
-        self._pool: Pool[Lane] = Pool(options.workers, lambda: make_lane(options.device))
+        device = numbered(options.device)
+        self._pool: Pool[Lane] = Pool(options.workers, lambda: make_lane(device), Lane.close)
         self._budget = Budget(options.budget)
         self._replanning = threading.Lock()
         on_gpu = options.device is not None and options.device.type == "cuda"
@@ -121,7 +121,7 @@ class Runner:
                         raise RuntimeError(f"{gone.reason}, although it was planned without") from gone
                     missing |= found
                     left, lost = self._plan.without(program, missing)
-                _tell(self._plan, gone, lost)
+                _tell(gone, lost)
                 for output in set(lost) - dropped:
                     self._sinks.drop(*output)
                     dropped.add(output)
@@ -130,12 +130,13 @@ class Runner:
                 self._finished(target, key, entry.nbytes)
 
 
-def _tell(plan: Plan, gone: Missing, lost: Iterable[tuple[int, str]]) -> None:
-    keys = ", ".join(map(repr, gone.keys[:3]))
+def _tell(gone: Missing, lost: Iterable[tuple[int, str]]) -> None:
+    """A tensor that cannot be used is worth a warning; a method that skips a key does so on purpose."""
     left_out = ", ".join(sorted({repr(key) for _, key in lost}))
     outcome = f"{left_out} left out of the result" if left_out else "another source takes its place"
-    where = describe(plan.origin(gone.origin))
-    _logger.warning("%s: %s counts as missing at key %s: %s", gone.reason, where, keys, outcome)
+    keys = ", ".join(map(repr, gone.keys))
+    level = logging.DEBUG if gone.deliberate else logging.WARNING
+    _logger.log(level, "%s at key %s, which counts as missing: %s", gone.reason, keys, outcome)
 
 
 class _WarnOnce:

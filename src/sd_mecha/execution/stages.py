@@ -20,7 +20,7 @@ from sd_mecha.errors import ContractError, StateDictKeyError
 from sd_mecha.execution.evaluate import Caller, Deferred, Missing, explain_failure, skipped
 from sd_mecha.execution.lane import Lane, is_finite, stays_finite
 from sd_mecha.execution.pool import Pool
-from sd_mecha.extensions.reductions import State, as_tuple
+from sd_mecha.execution.questions import Dry, Questions
 from sd_mecha.extensions.tile import Tile
 from sd_mecha.planning.program import Call, Load, Output, Program, Stage, Step, Store, Tiles, Whole
 from sd_mecha.planning.tiling import last_uses, slots_of
@@ -49,49 +49,6 @@ class Engine:
     warn: Callable[[str], None]
 
 
-class _Questions:
-    """The answers that one streamed call has had so far, and the states of those being worked on."""
-
-    def __init__(self) -> None:
-        self.answers: list[Any] = []
-        self.states: list[State] | None = None
-        self.single = True
-        self.complete = False  # with these answers the method returns
-        self.lock = threading.Lock()
-
-    def ask(self, request: Any, start: int, numel: int) -> None:
-        """Take one tile of what the method yields."""
-        reductions, single = as_tuple(request)
-        with self.lock:
-            if self.states is None:
-                self.states, self.single = [r.state(numel) for r in reductions], single
-        for reduction, state in zip(reductions, self.states, strict=True):
-            if not isinstance(state, _Known):
-                state.add(reduction, start)
-
-    def conclude(self) -> None:
-        """All tiles were seen: settle what can be settled."""
-        if self.states is None:
-            return
-        for i, state in enumerate(self.states):
-            if not isinstance(state, _Known) and (answer := state.finish()) is not None:
-                self.states[i] = _Known(answer)
-        known = [s.answer for s in self.states if isinstance(s, _Known)]
-        if len(known) == len(self.states):
-            self.answers.append(known[0] if self.single else tuple(known))
-            self.states = None
-
-
-class _Known(State):
-    def __init__(self, answer: Tensor) -> None:
-        self.answer = answer
-
-    def add(self, reduction: Any, start: int) -> None: ...
-
-    def finish(self) -> Tensor:
-        return self.answer
-
-
 Part = tuple[Sequence[Step], Sequence[tuple[int, ...]]]
 """Steps, and what can be freed after each."""
 
@@ -105,7 +62,8 @@ class Run:
     engine: Engine
     program: Program
     values: dict[int, Any] = field(default_factory=dict)  # constants and entire tensors
-    questions: dict[int, _Questions] = field(default_factory=dict)  # by slot of the streamed call
+    questions: dict[int, Questions] = field(default_factory=dict)  # by slot of the streamed call
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, lane: Lane) -> None:
         template = self.program.template
@@ -113,6 +71,8 @@ class Run:
         for stage, frees in zip(template.stages, template.frees, strict=True):
             self.engine.pool.check()
             self._stage(stage, lane)
+            if frees:
+                lane.synchronize()  # memory that another worker made goes back to that worker
             for slot in frees:
                 self.values.pop(slot, None)
 
@@ -127,18 +87,19 @@ class Run:
             value = self.values[output.slot]
             if not isinstance(value, Tensor):
                 value = torch.tensor(value, dtype=output.entry.dtype)
-            self._write(output, value.reshape(-1), 0, lane)
+            flat = value.reshape(-1)
+            for start, stop in self._ranges(flat.numel()):
+                self._write(output, flat[start:stop], start, lane)
 
     # --- entire tensors --------------------------------------------------------------------------------------------
 
     def _whole(self, step: Load | Call, lane: Lane) -> None:
         if isinstance(step, Load):
-            flat = self._load(step, lane, 0, step.stored.numel)
-            self.values[step.slot] = flat.reshape(step.stored.shape)
+            self.values[step.slot] = self._load_whole(step, lane).reshape(step.stored.shape)
             return
         specs = self.program.template.specs
-        numel = max((self._numel(s) for s in step.inputs), default=1)
-        tile = Tile(0, numel, numel)
+        numel, slot = max((self._numel(s), -s) for s in (*step.inputs, *step.slots))
+        tile = Tile(0, numel, numel, self._shape(-slot))
         result = self.engine.caller(step, self.values, self.program, tile)
         if hasattr(result, "send"):
             result = self._drive_whole(step, result, tile)
@@ -146,11 +107,33 @@ class Run:
             self.values[slot] = value
 
     def _drive_whole(self, step: Call, generator: Any, tile: Tile) -> Any:
-        questions = _Questions()
+        questions = Questions()
         while (result := self._advance(step, generator, questions, 0, tile.numel)) is _OPEN:
             questions.conclude()
             generator = self.engine.caller(step, self.values, self.program, tile)
         return result
+
+    def _load_whole(self, step: Load, lane: Lane) -> Tensor:
+        """An entire tensor, flat; read piece by piece, so that what a cast needs stays small."""
+        numel = step.stored.numel
+        whole: Tensor | None = None
+        for start, stop in self._ranges(numel):
+            piece = self._load(step, lane, start, stop)
+            if stop - start == numel:
+                return piece
+            if whole is None:
+                whole = torch.empty(numel, dtype=piece.dtype, device=piece.device)
+            whole[start:stop] = piece
+        return torch.empty(0, dtype=step.dtype, device=lane.device) if whole is None else whole
+
+    def _ranges(self, numel: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, numel, self.engine.largest_tile):
+            self.engine.pool.check()
+            yield start, min(start + self.engine.largest_tile, numel)
+
+    def _shape(self, slot: int) -> tuple[int, ...]:
+        spec = self.program.template.specs[slot]
+        return spec.shape if isinstance(spec, TensorEntry) else ()
 
     def _numel(self, slot: int) -> int:
         spec = self.program.template.specs[slot]
@@ -159,11 +142,11 @@ class Run:
     # --- tiles -----------------------------------------------------------------------------------------------------
 
     def _tiles(self, stage: Tiles, lane: Lane) -> None:
-        for slot in stage.keeps:
-            entry = self.program.template.specs[slot]
-            assert isinstance(entry, TensorEntry)
-            self.values[slot] = self._empty(entry)
+        # the place is taken before workers look through `values` together; memory only when the first tile is there
+        self.values.update(dict.fromkeys(stage.keeps))
         if stage.numel == 0:
+            for slot in stage.keeps:
+                self._kept(slot, lane.device)
             return
         size = self._tile_size(stage)
         streamed = [s for s in stage.steps if isinstance(s, Call) and s.why == "streamed reduction"]
@@ -181,6 +164,7 @@ class Run:
             self._every_tile(stage, lane, size, partial(self._evaluate, stage, part))
             for step in frontier:
                 self._question(step).conclude()
+            lane.synchronize()
         self._every_tile(stage, lane, size, partial(self._finish, stage))
 
     def _tile_size(self, stage: Tiles) -> int:
@@ -195,6 +179,7 @@ class Run:
                 for a in range(start, min(start + span, stage.numel), size):
                     self.engine.pool.check()
                     work(lane, a, min(a + size, stage.numel))
+                lane.synchronize()
 
             return run
 
@@ -203,8 +188,8 @@ class Run:
         else:
             self.engine.pool.share(lane, map(part, range(0, stage.numel, span)))
 
-    def _question(self, step: Call) -> _Questions:
-        return self.questions.setdefault(step.slots[0], _Questions())
+    def _question(self, step: Call) -> Questions:
+        return self.questions.setdefault(step.slots[0], Questions())
 
     def _frontier(self, streamed: Sequence[Call], stage: Tiles) -> list[Call]:
         """Streamed calls with an open question whose inputs have none."""
@@ -237,7 +222,7 @@ class Run:
     def _finish(self, stage: Tiles, lane: Lane, start: int, stop: int) -> None:
         values = self._evaluate(stage, (stage.steps, stage.frees), lane, start, stop)
         for slot in stage.keeps:
-            self.values[slot].reshape(-1)[start:stop] = values[slot].reshape(-1)
+            self._kept(slot, values[slot].device).view(-1)[start:stop] = values[slot].reshape(-1)
         for output in stage.writes:
             self._write(output, values[output.slot].reshape(-1), start, lane)
 
@@ -246,7 +231,6 @@ class Run:
     ) -> dict[int, Any]:
         """Run steps on one tile; the result of a call with an open question is `_OPEN`."""
         values = dict(self._tile_constants(stage, start, stop))
-        tile = Tile(start, stop, stage.numel)
         for step, frees in zip(*part, strict=True):
             if isinstance(step, Load):
                 if step.slot in stage.deferred:
@@ -254,6 +238,7 @@ class Run:
                 else:
                     values[step.slot] = self._read(stage, step, lane, start, stop)
             else:
+                tile = Tile(start, stop, stage.numel, self._shape(step.slots[0]))
                 values[step.slots[0]] = self._tiled_call(step, values, tile, stage, dry)
             for slot in frees:
                 values.pop(slot, None)
@@ -265,7 +250,7 @@ class Run:
             question = self._question(step)
             whole = tile.start == 0 and tile.stop == stage.numel
             if dry:
-                question = _Dry(question)
+                question = Dry(question)
             while (outcome := self._advance(step, result, question, tile.start, stage.numel)) is _OPEN and whole:
                 question.conclude()
                 result = self.engine.caller(step, values, self.program, tile)
@@ -280,7 +265,7 @@ class Run:
             )
         return result
 
-    def _advance(self, step: Call, generator: Any, question: _Questions, start: int, numel: int) -> Any:
+    def _advance(self, step: Call, generator: Any, question: Questions, start: int, numel: int) -> Any:
         """Run a streamed method with the answers so far: its result, or `_OPEN` where it asks for more."""
         answers: Iterator[Any] = iter([None, *question.answers])
         name = self.engine.caller.method_name(step)
@@ -291,7 +276,7 @@ class Run:
         except StopIteration as stop:
             return stop.value
         except StateDictKeyError as error:
-            raise skipped(step, self.program.name(step.key), name, error) from error
+            raise skipped(step, self.program.name(step.key), name) from error
         except Exception as error:
             explain_failure(error, f"merge method {name} failed at key {self.program.name(step.key)!r}")
             raise
@@ -316,15 +301,23 @@ class Run:
             self.engine.warn(name)
         self.engine.sink.write(output.target, name, start * dtype.itemsize, lane.bytes_of(flat, dtype))
 
-    def _empty(self, entry: TensorEntry) -> Tensor:
-        devices = [v.device for v in self.values.values() if isinstance(v, Tensor) and v.device.type != "cpu"]
-        return torch.empty(entry.shape, dtype=entry.dtype, device=devices[0] if devices else None)
+    def _kept(self, slot: int, device: torch.device) -> Tensor:
+        """The entire tensor that tiles are put together in; it lies where they lie."""
+        with self.lock:
+            if self.values[slot] is None:
+                entry = self.program.template.specs[slot]
+                assert isinstance(entry, TensorEntry)
+                self.values[slot] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+            whole: Tensor = self.values[slot]
+        return whole
 
     def _tile_constants(self, stage: Tiles, start: int, stop: int) -> Iterator[tuple[int, Any]]:
         for slot, value in self.values.items():
-            if not isinstance(value, Tensor) or slot in stage.keeps:
+            if slot in stage.keeps:
+                continue
+            if not isinstance(value, Tensor):
                 yield slot, value
-            elif value.numel() == stage.numel and stage.numel != 1:
+            elif value.numel() == stage.numel and slot not in self.program.template.constants:
                 yield slot, self._shaped(value.reshape(-1)[start:stop], stage)
             else:
                 yield slot, value.reshape(()) if value.numel() == 1 else value
@@ -341,16 +334,6 @@ class Run:
                 assert isinstance(entry, TensorEntry)
                 return flat.reshape(-1, *entry.shape[1:])
         return flat
-
-
-class _Dry(_Questions):
-    """Looks whether a method is satisfied, without taking anything in."""
-
-    def __init__(self, question: _Questions) -> None:
-        super().__init__()
-        self.answers = question.answers
-
-    def ask(self, request: Any, start: int, numel: int) -> None: ...
 
 
 def _leading_to(stage: Tiles, frontier: Sequence[Call]) -> Part:

@@ -18,8 +18,8 @@ function later, for each key, with values it has read. `tiling` states what the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from types import NoneType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, NoneType
 from typing import Any, get_args, overload
 
 from sd_mecha.errors import RecipeTypeError, StateDictKeyError
@@ -77,6 +77,7 @@ def merge_method(
     is_interface: bool = False,
     reuse_outputs: bool = True,
     cache_factory: Callable[[], Any] = NoneType,
+    default_factories: Mapping[str, Callable[[], RecipeNodeOrValue]] = MappingProxyType({}),
     tiling: Tiling = "whole",
 ) -> Callable[[Callable[..., Any]], MergeMethod]: ...
 def merge_method(
@@ -89,6 +90,7 @@ def merge_method(
     is_interface: bool = False,
     reuse_outputs: bool = True,
     cache_factory: Callable[[], Any] = NoneType,
+    default_factories: Mapping[str, Callable[[], RecipeNodeOrValue]] = MappingProxyType({}),
     tiling: Tiling = "whole",
 ) -> Any:
     """Make a merge method of a function, or of a class with `__call__` and optionally a static `map_keys(builder)`.
@@ -101,6 +103,8 @@ def merge_method(
         is_interface: the body is empty; implementations are chosen by model config when planning.
         reuse_outputs: whether a result may be kept for a second consumer instead of computed again.
         cache_factory: makes the object that `merge(cache={node: object})` hands to the method as `cache`.
+        default_factories: by name of a parameter whose default is None, what makes its value for each new node
+            that leaves it out or gives None; the value then stands in the recipe, as a seed that is drawn once.
         tiling: what the function promises about pieces of a tensor; see the module's text.
 
     Raises:
@@ -109,7 +113,9 @@ def merge_method(
     """
 
     def make(fn: Callable[..., Any]) -> MergeMethod:
-        method = _declare(fn, identifier, tiling, reuse_outputs, cache_factory, is_conversion, is_interface)
+        method = _declare(
+            fn, identifier, tiling, reuse_outputs, cache_factory, default_factories, is_conversion, is_interface
+        )
         if implements is not None:
             _implement(method, implements)
         if register:
@@ -125,6 +131,7 @@ def _declare(
     tiling: Tiling,
     reuse_outputs: bool,
     cache_factory: Callable[[], Any],
+    default_factories: Mapping[str, Callable[[], RecipeNodeOrValue]],
     is_conversion: bool,
     is_interface: bool,
 ) -> MergeMethod:
@@ -134,6 +141,11 @@ def _declare(
         raise RecipeTypeError(f"merge method {identifier}: tiling={tiling!r}; expected one of {get_args(Tiling)}")
     call: Callable[..., Any] = getattr(fn, "__call__") if inspect.isclass(fn) else fn  # noqa: B004, B009
     declaration = read_interface(call, identifier, skip_self=inspect.isclass(fn))
+    for name in default_factories:
+        if name not in declaration.signature.parameters or declaration.signature.parameters[name].default is not None:
+            raise RecipeTypeError(
+                f"merge method {identifier}: default_factories names {name!r}, which is no parameter of default None"
+            )
     if is_interface and declaration.parameters.kwargs:
         raise RecipeTypeError(f"interface {identifier}: keyword-only parameters are not allowed in an interface")
     method = MergeMethod(
@@ -143,6 +155,7 @@ def _declare(
         tiling=tiling,
         reuse_outputs=reuse_outputs,
         cache_factory=cache_factory,
+        default_factories=default_factories,
         is_conversion=is_conversion,
         interface=MergeMethodInterface(identifier) if is_interface else None,
     )

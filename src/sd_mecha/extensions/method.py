@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, cast
 
 from sd_mecha.errors import RecipeTypeError
 from sd_mecha.extensions.key_map import KeyMap, build_key_map
 from sd_mecha.extensions.merge_spaces import MergeSpaceSymbol
 from sd_mecha.extensions.model_configs import ModelConfig
-from sd_mecha.extensions.parameters import FunctionArgs, Interface, ParameterData
+from sd_mecha.extensions.parameters import FunctionArgs, Interface, ParameterData, type_name
 from sd_mecha.extensions.values import RecipeNodeOrValue, value_to_node
 from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
 
@@ -49,6 +49,7 @@ class MergeMethod:
         tiling: Tiling = "whole",
         reuse_outputs: bool = True,
         cache_factory: Callable[[], Any] = NoneType,
+        default_factories: Mapping[str, Callable[[], RecipeNodeOrValue]] = MappingProxyType({}),
         is_conversion: bool = False,
         interface: MergeMethodInterface | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class MergeMethod:
         self.tiling: Tiling = tiling
         self.reuse_outputs = reuse_outputs
         self.cache_factory = cache_factory
+        self.default_factories = default_factories
         self.is_conversion = is_conversion
         self.interface = interface
         call = fn_or_cls.__call__ if inspect.isclass(fn_or_cls) else fn_or_cls
@@ -70,6 +72,8 @@ class MergeMethod:
         self._default_nodes: dict[str, RecipeNode] = {}
         self._merge_spaces = self._each(lambda data: data.merge_space)
         self._configs = self._each(lambda data: data.model_config)
+        named = [declaration.result, *(data for _, data in declaration)]
+        self.declares_configs = interface is not None or any(data.model_config is not None for data in named)
 
     def __repr__(self) -> str:
         return f"<merge method {self.identifier!r}>"
@@ -102,6 +106,8 @@ class MergeMethod:
     def _keyword(self, name: str, data: ParameterData, kwargs: Mapping[str, Any], args: Any) -> RecipeNode:
         if name in kwargs:
             return self._wrap(name, data, kwargs[name])
+        if name in self.default_factories:
+            return self._wrap(name, data, None)
         node = self._default_nodes.get(name)
         if node is None:
             default = self.signature.parameters[name].default
@@ -113,16 +119,19 @@ class MergeMethod:
     def _wrap(self, name: str, data: ParameterData, value: Any) -> RecipeNode:
         if isinstance(value, RecipeNode):
             return value
-        if value is None and self._default_of(name) is not None:
-            raise RecipeTypeError(f"{self.identifier}: {name} is None; expected a value of type {data.value_type}")
+        if value is None and name in self.default_factories:
+            value = self.default_factories[name]()
+        if value is None and not self.takes_none(name):
+            raise RecipeTypeError(f"{self.identifier}: {name} is None; expected a {type_name(data.value_type)}")
         try:
             return value_to_node(value, data.interface)
         except RecipeTypeError as error:
             raise type(error)(f"{self.identifier}: {name}: {error}") from None
 
-    def _default_of(self, name: str) -> Any:
+    def takes_none(self, name: str) -> bool:
+        """Whether None means something to that parameter, which is so where it is the default."""
         parameter = self.signature.parameters.get(name.lstrip("*"))
-        return None if parameter is None else parameter.default
+        return parameter is None or parameter.default is None
 
     def _binding_error(self, args: Any, kwargs: Any) -> RecipeTypeError:
         parameters = [

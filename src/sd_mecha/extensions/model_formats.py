@@ -6,6 +6,7 @@ A format recognises paths by content, opens a reader and creates a writer; both 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ class ModelFormat:
 
     def matches_output(self, path: Path) -> bool:
         """Tell by name whether a path that may not exist yet should be written in this format."""
-        return path.name.lower().endswith(self.suffixes) if self.suffixes else False
+        if self.suffixes:
+            return path.name.lower().endswith(self.suffixes)
+        if type(self).get_write_dict is ModelFormat.get_write_dict:
+            return False
+        try:
+            return self.matches(path)  # sd-mecha 1 had no other question
+        except OSError:  # it looks into a file that does not exist yet
+            return False
 
     def reader(self, path: Path) -> Reader:
         """Open a path for reading."""
@@ -60,7 +68,11 @@ class ModelFormat:
         raise NotImplementedError
 
 
+DEFAULT_OUTPUT = "safetensors"
+"""The format of outputs whose names ask for none."""
+
 _registry: Registry[ModelFormat] = Registry("model format")
+_logger = logging.getLogger("sd_mecha")
 
 
 def register_model_format(model_format: Any = None, *, identifier: str | None = None) -> Any:
@@ -118,15 +130,19 @@ def find(path: AnyPath) -> ModelFormat:
 
 
 def for_output(path: AnyPath) -> ModelFormat:
-    """Return the format that an output path asks for by its name.
+    """Return the format that an output path asks for by its name; where it asks for none, safetensors.
 
     Raises:
-        UnknownFormatError: none goes by that ending; the message lists those that do.
+        UnknownFormatError: none goes by that ending, and there is no safetensors format either.
     """
     path = Path(path)
     for model_format in get_all():
         if getattr(model_format, "matches_output", model_format.matches)(path):
             return model_format
+    if DEFAULT_OUTPUT in _registry:
+        if path.suffix:
+            _logger.warning("%s is written as %s, although its name ends in %s", path, DEFAULT_OUTPUT, path.suffix)
+        return resolve(DEFAULT_OUTPUT)
     endings = sorted({suffix for f in get_all() for suffix in getattr(f, "suffixes", ())})
     has = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
     raise UnknownFormatError(
@@ -138,6 +154,8 @@ def _look(path: Path) -> str:
     """Return what an unrecognised path is, and what to do about it."""
     if path.is_dir():
         return "a directory; name a model file in it"
+    if path.exists() and not path.is_file():  # reading a pipe would wait for somebody to write into it
+        return "neither a file nor a directory; name a model file"
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_SIZE)

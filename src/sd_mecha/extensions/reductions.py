@@ -47,11 +47,13 @@ class State(ABC):
 
     @abstractmethod
     def finish(self) -> Tensor | None:
-        """The answer, a 0-d tensor; None if the tiles must be seen once more."""
+        """The answer, of the reduction's `answer_shape`; None if the tiles must be seen once more."""
 
 
 class Reduction(ABC):
     """What a streamed method yields."""
+
+    answer_shape: tuple[int, ...] = ()
 
     @abstractmethod
     def state(self, numel: int) -> State:
@@ -138,6 +140,8 @@ class _RadixState(State):
         counts = torch.bincount(digits, minlength=1 << 16)
         with self.lock:
             self.counts += counts
+            if self.counts.is_cuda:  # every worker has a stream of its own
+                torch.cuda.current_stream(self.counts.device).synchronize()
 
     def finish(self) -> Tensor | None:
         above = self.counts.flip(0).cumsum(0)  # how many lie in this digit or a higher one

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Elements `start` to `stop` (flat, row-major) of a tensor of `numel` elements."""
+    """Elements `start` to `stop` (flat, row-major) of a tensor of `numel` elements and that shape."""
 
     start: int
     stop: int
     numel: int
+    shape: tuple[int, ...]

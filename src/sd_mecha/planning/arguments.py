@@ -71,12 +71,18 @@ class PlannedCall:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the result can be had now: it depends on shapes only, or on constants only."""
+        """Whether the result can be had now: it depends on shapes and constants only, or on constants only."""
         method = self.method
         if method.tiling == "shape":
-            return True
+            return all(self._is_known(a) for a in (*self.args, *self.kwargs.values()))
         pure = not (method.declaration.accepts_context or method.streamed or inspect.isclass(method.__wrapped__))
         return pure and bool(self.slots) and all(s in self.constants for s in self.slots)
+
+    def _is_known(self, arg: Arg) -> bool:
+        """Whether all of an argument that a method of shapes looks at is there: constants, and shapes of tensors."""
+        return arg.convert is None and all(
+            slot in self.constants or isinstance(self.specs[slot], TensorEntry) for slot in arg.slots
+        )
 
     def run(self) -> Any:
         return self._call(lambda entry: hollow(entry, self.device))
@@ -97,7 +103,7 @@ class PlannedCall:
             relation = self.relation or identity_relation(method, self.key)
             kwargs |= {"key": self.key, "key_relation": relation, "cache": None, "output_reused": False}
             if method.tiling in ("elementwise", "rows"):
-                kwargs["tile"] = Tile(0, 1, 1)
+                kwargs["tile"] = Tile(0, 1, 1, (1,))
         return method.instantiate()(*args, **kwargs)
 
     def _value(self, arg: Arg, make: Any) -> Any:

@@ -11,11 +11,11 @@ import torch
 from sd_mecha.extensions.method import MergeMethod, method_of
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.extensions.parameters import ParameterData
-from sd_mecha.planning.keys import KeyFacts
+from sd_mecha.planning.keys import KeyFacts, KeyMaps, Source
 from sd_mecha.planning.opening import OpenModels
 from sd_mecha.planning.program import Callee
 from sd_mecha.planning.shapes import Result
-from sd_mecha.planning.trail import describe, named_children
+from sd_mecha.planning.trail import describe, named_children, path_to
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, RecipeNode
 from sd_mecha.storage.memory import MemoryReader
 
@@ -53,9 +53,12 @@ class Workbench:
     callables: list[Callee] = field(default_factory=list)
     results: dict[object, Result] = field(default_factory=dict)
     problems: dict[str, None] = field(default_factory=dict)
+    skipped: set[Source] = field(default_factory=set)  # what methods turned out to skip
     origins: dict[RecipeNode, int] = field(default_factory=dict)
     called: dict[object, int] = field(default_factory=dict)
+    key_maps: KeyMaps = field(default_factory=KeyMaps)
     _bound: dict[RecipeNode, tuple[Bound, ...]] = field(default_factory=dict)
+    _paths: dict[tuple[RecipeNode, RecipeNode], str] = field(default_factory=dict)
 
     def origin(self, node: RecipeNode) -> int:
         if node not in self.origins:
@@ -81,6 +84,12 @@ class Workbench:
             found = tuple((name, d, child) for d, (name, child) in zip(declared, names, strict=True))
             self._bound[node] = found
         return found
+
+    def path_to(self, root: RecipeNode, node: RecipeNode) -> str:
+        """The way from a root to a node, for messages; searched once, however many keys have the problem."""
+        if (root, node) not in self._paths:
+            self._paths[root, node] = path_to(root, node)
+        return self._paths[root, node]
 
     def literal_reader(self, node: LiteralRecipeNode) -> int:
         """The tensors of a literal, as one more model."""

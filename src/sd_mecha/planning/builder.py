@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from sd_mecha.errors import RecipeTypeError, ShapeError
+from sd_mecha.errors import RecipeTypeError, ShapeError, StateDictKeyError
 from sd_mecha.extensions.method import method_of
-from sd_mecha.extensions.parameters import ParameterData
+from sd_mecha.extensions.parameters import ParameterData, type_name
 from sd_mecha.planning import integers
 from sd_mecha.planning.arguments import PlannedCall, convert_constant, scalar_dtype
 from sd_mecha.planning.bench import Workbench
@@ -41,6 +43,7 @@ class Builder:
         self._slots_of: dict[int, dict[Instance, int]] = {}
         self._known: dict[object, tuple[int, ...]] = {}  # equal steps are taken once, also across targets
         self._converted: dict[tuple[int, object], int] = {}
+        self._cast: dict[int, int] = {}  # a tensor as it is stored -> the same one cast, where that loses nothing
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -48,33 +51,38 @@ class Builder:
         """Let the value of a target's root at `key` be written."""
         self.look_at(target)
         slot = self._value((self.target.root, key))
-        loads = self.loads_below([slot])
-        if integers.copied(loads, self, key):
-            slot = self._keep_first(loads, key)
+        precision, casts = self.bench.precision, self._casts(slot)
+        loads = [x for x in self.loads_below([slot]) if isinstance(self.bench.nodes[x.origin], ModelRecipeNode)]
+        if integers.copied(loads, key, precision.merge_dtype, casts):
+            slot = self._keep_first(loads)
             entry = self._entry(slot)
         else:
             slot = self._lossless_copy(slot)
             entry = self._entry(slot)
-            entry = TensorEntry(entry.shape, integers.output_dtype(entry.dtype, self.bench.precision, loads, self))
+            entry = TensorEntry(entry.shape, integers.output_dtype(entry.dtype, precision, loads, casts))
         self.outputs.append(Output(slot, target, self.name(key), entry))
+
+    def _casts(self, slot: int) -> bool:
+        """Whether the recipe itself decides on the dtype of a value."""
+        callees = (self.bench.callables[s.target].method for s in self._below([slot]) if isinstance(s, Call))
+        return any(method.identifier == "cast" for method in callees)
 
     def finish(self) -> Template:
         """The template, without steps that no output needs."""
-        needed = {o.slot for o in self.outputs}
-        kept: list[Step] = []
-        for step in reversed(self.steps):
-            slots = (step.slot,) if isinstance(step, Load) else step.slots
-            if needed.isdisjoint(slots):
-                continue
-            kept.append(step)
-            if isinstance(step, Call):
-                needed.update(step.inputs)
-        kept.reverse()
+        calls = [step for step in self._below(o.slot for o in self.outputs) if isinstance(step, Call)]
+        computed = {slot for call in calls for slot in call.inputs}
+        # a tensor that is read for a computation anyway is not read once more to be copied
+        outputs = [
+            replace(o, slot=self._cast[o.slot]) if self._cast.get(o.slot) in computed else o for o in self.outputs
+        ]
+        kept = self._below(o.slot for o in outputs)
+        uses = Counter(slot for step in kept if isinstance(step, Call) for slot in step.inputs)
+        uses.update(o.slot for o in outputs)
         return Template(
-            tuple(kept),
-            {s: v for s, v in self.constants.items() if s in needed},
+            tuple(_reused(step, uses) for step in kept),
+            {s: v for s, v in self.constants.items() if s in uses},
             tuple(self.specs),
-            tuple(self.outputs),
+            tuple(outputs),
         )
 
     def look_at(self, target: int) -> None:
@@ -87,18 +95,21 @@ class Builder:
 
     def loads_below(self, slots: Iterable[int]) -> list[Load]:
         """The loads that some slots are made from, in order of their steps."""
-        found: dict[int, Load] = {}
-        stack, seen = list(slots), set()
+        return [step for step in self._below(slots) if isinstance(step, Load)]
+
+    def _below(self, slots: Iterable[int]) -> list[Step]:
+        """The steps that some slots are made by, in their order."""
+        found: dict[int, Step] = {}  # by first slot, which numbers them
+        stack = list(slots)
         while stack:
-            slot = stack.pop()
-            step = self.producer.get(slot)
-            if slot in seen or step is None:
+            step = self.producer.get(stack.pop())
+            if step is None:
                 continue
-            seen.add(slot)
-            if isinstance(step, Load):
-                found[slot] = step
-            else:
-                stack.extend(step.inputs)
+            first = step.slot if isinstance(step, Load) else step.slots[0]
+            if first not in found:
+                found[first] = step
+                if isinstance(step, Call):
+                    stack.extend(step.inputs)
         return [found[s] for s in sorted(found)]
 
     def _entry(self, slot: int) -> TensorEntry:
@@ -109,7 +120,7 @@ class Builder:
             return TensorEntry((), self.bench.precision.merge_dtype or torch.float32)
         raise RecipeTypeError(f"the recipe makes a {spec.__name__}, which cannot be written; expected a tensor")
 
-    def _keep_first(self, loads: Sequence[Load], key: str) -> int:
+    def _keep_first(self, loads: Sequence[Load]) -> int:
         raw = [self._load(step.reader, step.name, step.stored, step.stored.dtype, step.origin, False) for step in loads]
         if len(raw) == 1:
             return raw[0]
@@ -127,7 +138,10 @@ class Builder:
             return slot
         stored, wide = step.stored.dtype, step.dtype
         if stored.is_floating_point and wide.is_floating_point and widens(stored, wide):
-            return self._load(step.reader, step.name, step.stored, stored, step.origin, step.guard)
+            narrow = self._load(step.reader, step.name, step.stored, stored, step.origin, step.guard)
+            if narrow != slot:
+                self._cast[narrow] = slot
+            return narrow
         return slot
 
     # --- evaluation ------------------------------------------------------------------------------------------------
@@ -169,7 +183,10 @@ class Builder:
         node, key = instance
         if isinstance(node, ModelRecipeNode):
             stored_as = self.target.facts.stored.get(node, {}).get(key, key)
-            self._slots[instance] = self._model(node, self.bench.models.index[node], stored_as, True)
+            reader = self.bench.models.index[node]
+            if stored_as not in self.bench.models.readers[reader].entries:
+                reader = self.target.facts.created[node]
+            self._slots[instance] = self._model(node, reader, stored_as, True)
         elif isinstance(node, LiteralRecipeNode):
             value = node.value_dict[key]
             if isinstance(value, RecipeNode):
@@ -246,7 +263,10 @@ class Builder:
         args = []
         for name, data, sources in parameters:
             try:
-                args.append(self._arg(data, sources))
+                arg = self._arg(data, sources)
+                if sources and self.constants.get(arg.slot, 0) is None and not method.takes_none(name):
+                    raise RecipeTypeError(f"it is None; expected a {type_name(data.value_type)}")
+                args.append(arg)
             except RecipeTypeError as error:
                 raise RecipeTypeError(f"key {key!r}: {method.identifier}: {name}: {error}") from error
         positional, named = (
@@ -263,12 +283,16 @@ class Builder:
         if result is None:
             device = self.bench.precision.merge_device or torch.device("cpu")
             call = PlannedCall(method, positional, dict(named), self.specs, self.constants, device, key, relation)
-            if call.is_constant:
-                self._slots[node, key] = self._constant(call.run())
-                return
-            result = self._result(call, outputs, [(name, data) for name, data, _ in parameters])
-            if memo is not None:
-                self.bench.results[memo] = result
+            try:
+                if call.is_constant:
+                    self._slots[node, key] = self._constant(call.run())
+                    return
+                result = self._result(node, call, outputs, [(name, data) for name, data, _ in parameters])
+                if memo is not None:
+                    self.bench.results[memo] = result
+            except StateDictKeyError:  # these keys will be planned without; something must stand here until then
+                self.bench.skipped.update((node, out) for out in outputs)
+                result = Result((call.first_tensor or TensorEntry((), torch.float32),) * len(outputs), False, "")
         slots = tuple([self._slot(spec) for spec in result.specs])
         self._add(
             Call(
@@ -324,16 +348,20 @@ class Builder:
             return slot, scalar_dtype(self.bench.precision.merge_dtype) if wanted is torch.Tensor else wanted
         raise RecipeTypeError(f"a computed {spec.__name__} cannot be used as {wanted.__name__}")
 
-    def _result(self, call: PlannedCall, outputs: tuple[str, ...], parameters: Sequence[Parameter]) -> Result:
+    def _result(
+        self, node: MergeRecipeNode, call: PlannedCall, outputs: tuple[str, ...], parameters: Sequence[Parameter]
+    ) -> Result:
         try:
             return infer(call, outputs, parameters)
         except ShapeError as error:
-            self.bench.problems[self._shape_problem(call, parameters, error)] = None
+            self.bench.problems[self._shape_problem(node, call, parameters, error)] = None
             first = call.first_tensor
             assert first is not None
             return Result((first,) * len(outputs), False, "")
 
-    def _shape_problem(self, call: PlannedCall, parameters: Sequence[Parameter], error: ShapeError) -> str:
+    def _shape_problem(
+        self, node: MergeRecipeNode, call: PlannedCall, parameters: Sequence[Parameter], error: ShapeError
+    ) -> str:
         shown = []
         for arg, (name, _) in zip((*call.args, *call.kwargs.values()), parameters, strict=True):
             for slot in arg.slots[:1]:
@@ -342,7 +370,15 @@ class Builder:
                     origins = {self.bench.models.readers[load.reader].name: None for load in self.loads_below([slot])}
                     files = ", ".join(origins) or "a literal"
                     shown.append(f"{name} of shape {entry.shape} (from {files})")
-        return f"key {call.key!r}: {call.method.identifier} cannot combine {' and '.join(shown)}: {error}"
+        where = "" if node == self.target.root else f" (at {self.bench.path_to(self.target.root, node)})"
+        return f"key {call.key!r}: {call.method.identifier} cannot combine {' and '.join(shown)}: {error}{where}"
+
+
+def _reused(step: Step, uses: Counter[int]) -> Step:
+    """A step that knows whether its result has another consumer."""
+    if isinstance(step, Load) or not step.reused or any(uses[slot] > 1 for slot in step.slots):
+        return step
+    return step._replace(reused=False)
 
 
 def widens(narrow: torch.dtype, wide: torch.dtype) -> bool:

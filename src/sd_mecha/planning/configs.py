@@ -54,6 +54,16 @@ class ConfigFacts:
         """The known configs that the class of `node` may have, best first; none for a structural class."""
         return candidates_of(self.classes.constraints(self.variable[node]))
 
+    def allows(self, node: RecipeNode, config: ModelConfig) -> bool:
+        """Whether nothing known of the class of `node` speaks against a known config."""
+        for c in self.classes.constraints(self.variable[node]):
+            if c.config is not None and c.config is not model_configs.INFER:
+                if c.config.identifier != config.identifier:
+                    return False
+            elif c.entries and config not in model_configs.candidates(c.entries.keys()):
+                return False
+        return True
+
 
 def collect(root: RecipeNode, models: OpenModels) -> ConfigFacts:
     """The classes of nodes below `root` and their constraints, before anything is chosen."""

@@ -41,6 +41,8 @@ class KeyFacts:
     """Whether a selecting method leaves out keys on purpose."""
     stored: dict[RecipeNode, Mapping[str, str]] = field(default_factory=dict)
     """Model nodes whose file uses other names: key of the config -> name in the file."""
+    created: dict[RecipeNode, int] = field(default_factory=dict)
+    """Model nodes whose config makes keys that the file lacks: the reader that holds them."""
 
 
 def solve_keys(
@@ -48,17 +50,42 @@ def solve_keys(
     models: OpenModels,
     configs: Mapping[RecipeNode, ModelConfig],
     missing: Missing = (),
+    key_maps: KeyMaps | None = None,
 ) -> KeyFacts:
     """Find what every node below `roots` can produce.
+
+    Args:
+        key_maps: those of an earlier call, which need not be built again.
 
     Raises:
         PlanError: a method's key map or selection refuses its inputs.
     """
-    return _Solver(models, configs, missing).run(toposort(*roots))
+    return _Solver(models, configs, missing, key_maps or KeyMaps()).run(toposort(*roots))
+
+
+class KeyMaps:
+    """The key maps of methods for the configs of their inputs, each built once."""
+
+    def __init__(self) -> None:
+        self._maps: dict[object, KeyMap] = {}
+        self._alive: list[object] = []  # what the keys of the memo mention by id
+
+    def of(self, method: MergeMethod, configs: Mapping[str, Any], output: ModelConfig) -> KeyMap:
+        """The key map of a method; `configs` holds a config, or a tuple of them, for each parameter."""
+        shown = tuple((name, c if isinstance(c, tuple) else (c,)) for name, c in configs.items())
+        memo = (id(method), tuple((n, tuple(id(c) for c in group)) for n, group in shown), id(output))
+        if memo not in self._maps:
+            self._alive += [method, output, configs]
+            key_map = method.build_key_map(configs, output)
+            assert key_map is not None
+            self._maps[memo] = key_map
+        return self._maps[memo]
 
 
 class _Solver:
-    def __init__(self, models: OpenModels, configs: Mapping[RecipeNode, ModelConfig], missing: Missing) -> None:
+    def __init__(
+        self, models: OpenModels, configs: Mapping[RecipeNode, ModelConfig], missing: Missing, key_maps: KeyMaps
+    ) -> None:
         self.models = models
         self.configs = configs
         self.facts = KeyFacts()
@@ -68,7 +95,7 @@ class _Solver:
         self._interned: dict[KeySet, KeySet] = {}
         self._sets: dict[object, KeySet] = {}
         self._realized: dict[object, Mapping[str, RealizedKeyRelation]] = {}
-        self._key_maps: dict[object, KeyMap] = {}
+        self._key_maps = key_maps
         self._alive: list[object] = []  # what memo keys mention by id
 
     def run(self, order: list[RecipeNode]) -> KeyFacts:
@@ -81,8 +108,7 @@ class _Solver:
                 assert isinstance(node, MergeRecipeNode)
                 keys = self._merge(node)
             if gone := self.missing.get(node):
-                stored = self.facts.stored.get(node, {})  # a model lacks what its file calls by an alias
-                keys = self._intern(frozenset(k for k in keys if k not in gone and stored.get(k) not in gone))
+                keys = self._intern(keys - gone)
             self.facts.available[node] = keys
         return self.facts
 
@@ -109,7 +135,12 @@ class _Solver:
                     aliases[key] = name
             if aliases:
                 self.facts.stored[node] = aliases
-                keys = self._intern(keys | aliases.keys())
+                keys = self._intern(keys.union(aliases))
+        if len(keys) < len(wanted):
+            place = self.models.created(node, config, wanted - keys)
+            if place is not None:
+                self.facts.created[node] = place
+                keys = self._intern(keys.union(self.models.readers[place].entries))
         return keys
 
     def _literal(self, node: LiteralRecipeNode) -> KeySet:
@@ -167,14 +198,7 @@ class _Solver:
             configs[name] = found if name == varargs else found[0]
         for name, _ in method.declaration:
             configs.setdefault(name, ())
-        shown = tuple((name, c if isinstance(c, tuple) else (c,)) for name, c in configs.items())
-        memo = ("map", id(method), tuple((n, tuple(id(c) for c in group)) for n, group in shown), id(output))
-        if memo not in self._key_maps:
-            self._alive += [method, output, configs]
-            key_map = method.build_key_map(configs, output)
-            assert key_map is not None
-            self._key_maps[memo] = key_map
-        return self._key_maps[memo]
+        return self._key_maps.of(method, configs, output)
 
 
 class Choice:

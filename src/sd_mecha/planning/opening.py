@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from sd_mecha.errors import MechaError, ModelNotFoundError, PlanError
+import torch
+
+from sd_mecha.errors import MechaError, ModelAccessError, PlanError
 from sd_mecha.extensions import model_dirs, model_formats
+from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Reader
@@ -20,9 +25,22 @@ class OpenModels:
 
     readers: list[Reader] = field(default_factory=list)
     index: dict[RecipeNode, int] = field(default_factory=dict)  # model node -> its place in `readers`
+    _created: dict[tuple[int, ModelConfig], int | None] = field(default_factory=dict)
 
     def __getitem__(self, node: RecipeNode) -> Reader:
         return self.readers[self.index[node]]
+
+    def created(self, node: RecipeNode, config: ModelConfig, missing: Iterable[str]) -> int | None:
+        """The place in `readers` of what a config makes for keys that a model lacks; None if it makes nothing."""
+        memo = self.index[node], config
+        if memo not in self._created:
+            keys = config.keys()
+            made = {key: config.create_missing_key(key, torch.device("cpu"), keys[key].dtype) for key in missing}
+            tensors = {key: tensor for key, tensor in made.items() if tensor is not None}
+            self._created[memo] = len(self.readers) if tensors else None
+            if tensors:
+                self.readers.append(MemoryReader(tensors, f"what {config.identifier} adds to {self[node].name}"))
+        return self._created[memo]
 
     def close(self) -> None:
         for reader in self.readers:
@@ -39,8 +57,8 @@ def open_models(*roots: RecipeNode) -> OpenModels:
     """Open every model below `roots`; a path that several nodes share is opened once.
 
     Raises:
-        ModelNotFoundError, FileFormatError, UnknownFormatError: the model that cannot be opened; with several such
-            models a PlanError that lists them all.
+        ModelNotFoundError, ModelAccessError, FileFormatError, UnknownFormatError: the model that cannot be opened.
+            Several such models are listed together, in a PlanError where they fail in different ways.
     """
     models = OpenModels()
     by_source: dict[object, int] = {}
@@ -68,7 +86,7 @@ def open_models(*roots: RecipeNode) -> OpenModels:
             raise problems[0]
         kinds = {type(p) for p in problems}
         lines = [str(p) for p in problems]
-        raise ModelNotFoundError("\n".join(lines)) if kinds == {ModelNotFoundError} else PlanError(lines)
+        raise PlanError(lines) if len(kinds) > 1 else kinds.pop()("\n".join(lines))
     return models
 
 
@@ -76,11 +94,25 @@ def _source(node: ModelRecipeNode) -> tuple[object, Path]:
     """What tells a model from others, and where it lies."""
     if node.path is None:
         return id(node.state_dict), Path()
-    path = model_dirs.resolve_input(node.path)
-    return str(path), path
+    with _reporting(node):
+        path = model_dirs.resolve_input(node.path)
+        return str(path), path
 
 
 def _open(node: ModelRecipeNode, path: Path) -> Reader:
     if node.state_dict is not None:
         return MemoryReader(node.state_dict, "in-memory model")
-    return model_formats.find(path).reader(path)
+    with _reporting(node):
+        return model_formats.find(path).reader(path)
+
+
+@contextmanager
+def _reporting(node: ModelRecipeNode) -> Iterator[None]:
+    """Say of which model the system spoke, whatever format was looking at it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MechaError):
+            raise
+        step = "check its permissions" if isinstance(error, PermissionError) else "check the disk"
+        raise ModelAccessError(f"model {node.path!r} cannot be opened: {error.strerror or error}; {step}") from error

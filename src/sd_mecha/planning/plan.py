@@ -17,12 +17,13 @@ from sd_mecha.planning.bench import Precision, Target, Workbench
 from sd_mecha.planning.configs import solve_configs
 from sd_mecha.planning.finalize import fill_in
 from sd_mecha.planning.interfaces import choose_implementations
-from sd_mecha.planning.keys import Missing, solve_keys
+from sd_mecha.planning.keys import KeyMaps, Missing, Source, solve_keys
 from sd_mecha.planning.opening import OpenModels, open_models
 from sd_mecha.planning.program import Callee, Load, Program, Template
 from sd_mecha.planning.programs import build, plan_programs
 from sd_mecha.planning.spaces import SpaceFacts, solve_spaces
 from sd_mecha.planning.trail import describe
+from sd_mecha.planning.uses import unshare
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Reader, TensorEntry
@@ -57,6 +58,7 @@ class Plan:
     bench: Workbench
     options: PlanOptions
     spaces: Sequence[SpaceFacts]
+    skipped: frozenset[Source] = frozenset()  # what methods skip by name, found while planning
 
     @property
     def models(self) -> OpenModels:
@@ -116,11 +118,12 @@ class Plan:
         """
         targets = []
         for target in self.bench.targets:
-            facts = solve_keys([target.root], self.models, target.configs, missing)
+            gone = self._everywhere({*missing, *self.skipped}, target)
+            facts = solve_keys([target.root], self.models, target.configs, gone, self.bench.key_maps)
             targets.append(Target(target.root, target.configs, facts))
         bench = Workbench(
-            self.models, targets, self.options.precision, self.options.caches, self.bench.nodes, self.bench.callables,
-            origins=self.bench.origins, called=self.bench.called,
+            self.models, targets, self.options.precision, self.bench.caches, self.bench.nodes, self.bench.callables,
+            origins=self.bench.origins, called=self.bench.called, key_maps=self.bench.key_maps,
         )  # fmt: skip
         wanted: dict[str, list[int]] = {}
         lost = []
@@ -131,17 +134,21 @@ class Plan:
                 lost.append((number, key))
         if not wanted:
             return None, lost
-        template = build(bench, wanted)
+        template = build(bench, wanted, declared=self.outputs)
         _raise_problems(bench)
-        for output in template.outputs:
-            assert output.name is not None
-            declared = self.outputs[output.target][output.name]
-            if output.entry.shape != declared.shape:
-                raise ShapeError(
-                    f"key {output.name!r}: without the missing input the result has shape {output.entry.shape}, "
-                    f"but {declared.shape} is laid out in the output"
-                )
         return Program(template, program.key), lost
+
+    def _everywhere(self, missing: Missing, target: Target) -> set[tuple[RecipeNode, str]]:
+        """A tensor that is missing from a file is so for every node of that file, under the key that it stands for."""
+        places: dict[int, list[RecipeNode]] = {}
+        for node, number in self.models.index.items():
+            places.setdefault(number, []).append(node)
+        found = set(missing)
+        for node, name in missing:
+            for other in places.get(self.models.index.get(node, -1), ()):
+                names = target.facts.stored.get(other, {})
+                found.add((other, next((key for key, stored in names.items() if stored == name), name)))
+        return found
 
     def finalized(self, target: int = 0) -> RecipeNode:
         """A root with the configs and merge spaces that were inferred."""
@@ -194,27 +201,39 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _plan(roots: Sequence[RecipeNode], models: OpenModels, options: PlanOptions) -> Plan:
-    targets, keys, solved = [], [], []
-    for root in roots:
-        root = choose_implementations(root, models)
+    solved = []
+    caches = dict(options.caches)
+    for given in map(unshare, roots):
+        root = choose_implementations(given, models)
+        if root is not given:  # a caller knows a node by the interface that it calls
+            known = [node for node in toposort(given) if node in options.caches]
+            caches.update((choose_implementations(node, models), options.caches[node]) for node in known)
         spaces, configs = _solve(root, models, options)
-        facts = solve_keys([root], models, configs)
-        targets.append(Target(root, configs, facts))
-        solved.append(spaces)
-        strict, extra = options.strict_mandatory_keys, options.check_extra_keys
-        check_models(root, models, configs, strict, extra)
-        names = _order(root, models, facts.available[root])
-        if not (names or options.allow_empty_merge or facts.skips):
-            raise EmptyMergeError(_why_empty(root, configs, facts.available))
-        keys.append(names)
-    bench = Workbench(models, targets, options.precision, options.caches)
-    programs = plan_programs(bench, keys, options.memoize_intermediates)
+        check_models(root, models, configs, options.strict_mandatory_keys, options.check_extra_keys)
+        solved.append((root, spaces, configs))
+    skipped: set[Source] = set()
+    key_maps = KeyMaps()
+    while True:
+        targets, keys = [], []
+        for root, _, configs in solved:
+            facts = solve_keys([root], models, configs, skipped, key_maps)
+            targets.append(Target(root, configs, facts))
+            names = _order(root, models, facts.available[root])
+            if not (names or options.allow_empty_merge or facts.skips or skipped):
+                raise EmptyMergeError(_why_empty(root, models, configs, facts.available))
+            keys.append(names)
+        bench = Workbench(models, targets, options.precision, caches, key_maps=key_maps)
+        programs = plan_programs(bench, keys, options.memoize_intermediates)
+        if not bench.skipped:
+            break
+        skipped |= bench.skipped  # without them other inputs may take their place: solved anew
     _raise_problems(bench)
     layouts: list[dict[str, TensorEntry]] = [{} for _ in roots]
     for program in programs:
         for number, key, entry in program.outputs:
             layouts[number][key] = entry
-    return Plan([t.root for t in targets], programs, layouts, bench, options, solved)
+    spaces_of = [spaces for _, spaces, _ in solved]
+    return Plan([t.root for t in targets], programs, layouts, bench, options, spaces_of, frozenset(skipped))
 
 
 def _solve(
@@ -266,7 +285,7 @@ def check_models(
     """Report keys that a config does not know, and mandatory ones that a model lacks."""
     problems: list[str] = []
     checked: set[tuple[int, int]] = set()
-    first: dict[str, tuple[str, Iterable[str]]] = {}
+    first: dict[int, tuple[str, Iterable[str]]] = {}
     for node in toposort(root):
         if not isinstance(node, ModelRecipeNode):
             continue
@@ -276,13 +295,17 @@ def check_models(
         checked.add((models.index[node], id(config)))
         present = {config.resolve_alias(name) for name in reader.entries}
         if check_extra_keys and (extra := sorted(present - config.keys().keys())):
+            unknown = "in every input" if config.identifier == "structural" else f"in config {config.identifier}"
             _logger.warning(
-                "%s: %d of %d keys are not in config %s and are left out, such as %s",
-                reader.name, len(extra), len(present), config.identifier, ", ".join(map(repr, extra[:3])),
+                "%s: %d of %d keys are not %s and are left out, such as %s",
+                reader.name, len(extra), len(present), unknown, ", ".join(map(repr, extra[:3])),
             )  # fmt: skip
         if check_mandatory_keys:
+            place = models.created(node, config, config.keys().keys() - present)
+            if place is not None:
+                present.update(models.readers[place].entries)
             if config.identifier == "structural":  # the keys of the first model are the mandatory ones
-                name, mandatory = first.setdefault("structural", (reader.name, list(reader.entries)))
+                name, mandatory = first.setdefault(id(config), (reader.name, list(reader.entries)))
                 lacking = [k for k in mandatory if k not in present]
                 problems += [f"{reader.name} lacks key {k!r}, which {name} has" for k in lacking]
             else:
@@ -298,11 +321,21 @@ def check_models(
         raise PlanError([*shown, *([f"... and {rest} more"] if rest else [])])
 
 
-def _why_empty(root: RecipeNode, configs: Mapping[RecipeNode, ModelConfig], available: Mapping[Any, Any]) -> str:
+def _why_empty(
+    root: RecipeNode, models: OpenModels, configs: Mapping[RecipeNode, ModelConfig], available: Mapping[Any, Any]
+) -> str:
     inputs = [n for n in toposort(root) if isinstance(n, ModelRecipeNode)]
     if not inputs:
-        return f"the recipe makes no key: it holds no model (its root is {describe(root)})"
-    counts = "; ".join(f"{describe(n)}: {len(available[n])} usable keys as {configs[n].identifier}" for n in inputs[:6])
+        what = f"it holds no model (its root is {describe(root)})"
+        return f"the recipe makes no key: {what}; begin with sd_mecha.model(path)"
+
+    def usable(node: ModelRecipeNode) -> str:
+        config, entries = configs[node].identifier, models[node].entries
+        unit = "keys that all inputs have" if config == "structural" else f"keys of {config}"
+        example = f", such as {next(iter(entries))!r}" if entries else ""
+        return f"{describe(node)} has {len(available[node])} {unit}, of {len(entries)}{example}"
+
+    counts = "; ".join(map(usable, inputs[:6]))
     more = f"; and {len(inputs) - 6} more" if len(inputs) > 6 else ""
     return (
         f"the recipe makes no key: no key can be made from its inputs ({counts}{more}); "

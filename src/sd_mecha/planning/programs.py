@@ -8,19 +8,22 @@ Recipes that rename or regroup keys get a template of their own for each key or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from sd_mecha.errors import ShapeError
 from sd_mecha.extensions.method import method_of
 from sd_mecha.planning.bench import Target, Workbench
 from sd_mecha.planning.builder import Builder, Instance
 from sd_mecha.planning.markers import is_marker
-from sd_mecha.planning.program import Program, Template
+from sd_mecha.planning.program import Output, Program, Template
 from sd_mecha.planning.tiling import cut
 from sd_mecha.planning.unify import Classes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
+from sd_mecha.storage.contract import TensorEntry
 
 
 def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool) -> list[Program]:
@@ -44,7 +47,10 @@ def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool
         memo = (signature, tuple(targets), is_marker(key))
         template = templates.get(memo)
         if template is None:
-            template = templates[memo] = build(bench, {key: targets}, shared_key=key)
+            skips = len(bench.skipped)
+            template = build(bench, {key: targets}, shared_key=key)
+            if len(bench.skipped) == skips:  # otherwise it tells of this key only
+                templates[memo] = template
         programs[key] = Program(template, key)
     for group in _groups(bench, renamed, wanted, memoize):
         template = build(bench, {key: wanted[key] for key in group})
@@ -52,15 +58,41 @@ def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool
     return [programs[key] for key in wanted if key in programs]
 
 
-def build(bench: Workbench, wanted: Mapping[str, Iterable[int]], shared_key: str | None = None) -> Template:
-    """One template that makes some keys of some targets."""
+def build(
+    bench: Workbench,
+    wanted: Mapping[str, Iterable[int]],
+    shared_key: str | None = None,
+    declared: Sequence[Mapping[str, TensorEntry]] = (),
+) -> Template:
+    """One template that makes some keys of some targets.
+
+    Args:
+        declared: the layouts that the outputs already have, by target; empty while there are none.
+
+    Raises:
+        ShapeError: a result does not fit the layout.
+    """
     builder = Builder(bench, shared_key)
     for key, targets in wanted.items():
         for target in targets:
             builder.add_output(target, key)
     template = builder.finish()
+    if declared:
+        template.outputs = tuple(_as_declared(output, declared) for output in template.outputs)
     cut(template)
     return template
+
+
+def _as_declared(output: Output, declared: Sequence[Mapping[str, TensorEntry]]) -> Output:
+    """An output in the dtype that its place in the layout has."""
+    assert output.name is not None
+    entry = declared[output.target][output.name]
+    if output.entry.shape != entry.shape:
+        raise ShapeError(
+            f"key {output.name!r}: without the missing input the result has shape {output.entry.shape}, "
+            f"but {entry.shape} is laid out in the output"
+        )
+    return replace(output, entry=entry)
 
 
 class Signatures:
@@ -91,9 +123,10 @@ class Signatures:
             if key not in facts.available[node]:
                 parts.append(None)
             elif isinstance(node, ModelRecipeNode):
-                if key in facts.stored.get(node, ()):
+                entry = None if key in facts.stored.get(node, ()) else models[node].entries.get(key)
+                if entry is None:  # stored under another name, or made by the config
                     return None
-                parts.append(models[node].entries[key])
+                parts.append(entry)
             elif isinstance(node, LiteralRecipeNode):
                 parts.append(_value_token(node.value_dict[key]))
             elif node in facts.chosen:
@@ -118,7 +151,7 @@ def _value_token(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.dtype)
     if isinstance(value, RecipeNode):
-        return None
+        return value.fingerprint
     return (type(value), repr(value))
 
 

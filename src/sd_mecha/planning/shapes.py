@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sd_mecha.errors import MechaError, ShapeError, StateDictKeyError
+from sd_mecha.errors import ContractError, MechaError, ShapeError, StateDictKeyError
 from sd_mecha.extensions.reductions import as_tuple
 from sd_mecha.storage.contract import TensorEntry
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
@@ -36,7 +36,9 @@ def meta(entry: TensorEntry) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
-def run_on_meta(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None) -> tuple[tuple[Spec, ...], bool]:
+def run_on_meta(
+    call: Callable[[], Any], outputs: tuple[str, ...], first: Spec | None, name: str = "the method"
+) -> tuple[tuple[Spec, ...], bool]:
     """Run `call`, whose tensors are on the meta device; one spec per output key, and whether they are assumed.
 
     A method that looks at values (`.item()`, numpy) cannot run there; it is then assumed to return a tensor like its
@@ -56,11 +58,13 @@ def run_on_meta(call: Callable[[], Any], outputs: tuple[str, ...], first: Spec |
             raise
         return (first,) * len(outputs), True
     if isinstance(result, Mapping):
+        if absent := [key for key in outputs if key not in result]:
+            raise ContractError(f"{name} did not return key {absent[0]!r}, which its key map declares")
         return tuple(spec_of(result[key]) for key in outputs), False
     return (spec_of(result),) * len(outputs), False
 
 
-_SHAPE_WORDS = ("size", "shape", "dimension", "broadcast", "sizes")
+_SHAPE_WORDS = ("size", "shape", "dim", "broadcast")
 
 
 def _is_shape_error(error: RuntimeError) -> bool:
@@ -76,8 +80,8 @@ def finish(result: Any) -> Any:
     try:
         while True:
             reductions, single = as_tuple(result.send(answer))
-            scalars = tuple(torch.empty((), dtype=torch.float64, device="meta") for _ in reductions)
-            answer = scalars[0] if single else scalars
+            answers = tuple(torch.empty(r.answer_shape, dtype=torch.float64, device="meta") for r in reductions)
+            answer = answers[0] if single else answers
     except StopIteration as stop:
         return stop.value
 

@@ -7,7 +7,7 @@ constrains the others. A class whose constraints have nothing in common is a con
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sd_mecha.errors import MergeSpaceError
 from sd_mecha.extensions import merge_spaces
@@ -32,12 +32,14 @@ class SpaceFacts:
 
     classes: Classes[SpaceConstraint]
     variable: dict[RecipeNode, int]
+    _found: dict[int, frozenset[MergeSpace]] = field(default_factory=dict)  # by class
 
     def candidates(self, node: RecipeNode) -> frozenset[MergeSpace]:
-        allowed = frozenset(merge_spaces.get_all())
-        for c in self.classes.constraints(self.variable[node]):
-            allowed &= c.allowed
-        return allowed
+        members = self.classes.find(self.variable[node])
+        if members not in self._found:
+            everything = frozenset(merge_spaces.get_all())
+            self._found[members] = everything.intersection(*(c.allowed for c in self.classes.constraints(members)))
+        return self._found[members]
 
 
 def solve_spaces(root: RecipeNode, wanted: Iterable[MergeSpace] | None = None) -> SpaceFacts:

@@ -82,12 +82,12 @@ class _Cutter:
                 self._materialise(step.slots[0])
             for slot in self.whole.intersection(slots_of(step)):  # written at once, so that it can be freed
                 self.out.extend(Store(output) for output in pending.pop(slot, ()))
-        groups: dict[int, list[Output]] = {}
+        groups: dict[tuple[int, ...], list[Output]] = {}
         for slot, outputs in pending.items():
             if slot in self.whole or slot not in self.producer:
                 self.out.extend(Store(output) for output in outputs)
-            else:  # outputs of one size run in one stage, so that what they read in common is read once
-                groups.setdefault(self._numel(slot), []).extend(outputs)
+            else:  # outputs of one shape run in one stage, so that what they read in common is read once
+                groups.setdefault(self._shape(slot), []).extend(outputs)
         for outputs in groups.values():
             self._tiles([o.slot for o in outputs], outputs, [])
         return self.out
@@ -155,9 +155,9 @@ class _Cutter:
         """Results of tiled calls that several groups of outputs read, and that are kept rather than made again."""
         if len(self.template.outputs) < 2:
             return set()
-        users: dict[int, set[int]] = {}
+        users: dict[int, set[tuple[int, ...]]] = {}
         for output in self.template.outputs:
-            group = self._numel(output.slot)
+            group = self._shape(output.slot)
             stack, seen = [output.slot], set()
             while stack:
                 slot = stack.pop()
@@ -172,6 +172,10 @@ class _Cutter:
             for slot, groups in users.items()
             if len(groups) > 1 and isinstance(step := self.producer[slot], Call) and step.tiled and step.reused
         }
+
+    def _shape(self, slot: int) -> tuple[int, ...]:
+        spec = self.template.specs[slot]
+        return spec.shape if isinstance(spec, TensorEntry) else ()
 
     def _numel(self, slot: int) -> int:
         spec = self.template.specs[slot]

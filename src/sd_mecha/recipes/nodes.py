@@ -136,16 +136,18 @@ class MergeRecipeNode(RecipeNode):
     Attributes:
         args: the positional arguments, those of `*args` included.
         kwargs: the named ones.
+        cache: what `set_cache` was given, or None; no part of what makes two nodes equal.
 
     Raises:
         RecipeTypeError: an argument is not a node.
     """
 
-    __slots__ = ("args", "kwargs", "merge_method")
+    __slots__ = ("args", "cache", "kwargs", "merge_method")
 
     merge_method: Method
     args: tuple[RecipeNode, ...]
     kwargs: dict[str, RecipeNode]
+    cache: Any
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class MergeRecipeNode(RecipeNode):
         freeze(self, "merge_method", method)
         freeze(self, "args", args)
         freeze(self, "kwargs", kwargs)
+        freeze(self, "cache", None)
         body = b"".join([child.fingerprint for child in children])
         self._freeze(config, space, children, ("merge", _method_token(method), len(args), *kwargs), body)
 
@@ -204,10 +207,23 @@ class MergeRecipeNode(RecipeNode):
         """
         return self.merge_method.create_cache()
 
+    def set_cache(self, cache: Any) -> MergeRecipeNode:
+        """Give the node an object to keep between merges, for those that are not given another one for it.
+
+        Args:
+            cache: what `create_cache` makes, or None to forget it.
+
+        Returns:
+            The node itself.
+        """
+        freeze(self, "cache", cache)
+        return self
+
     def with_children(self, children: Sequence[RecipeNode]) -> RecipeNode:
         count = len(self.args)
         kwargs = dict(zip(self.kwargs, children[count:], strict=True))
-        return self.of(self.merge_method, children[:count], kwargs, self.model_config, self.merge_space)
+        node = self.of(self.merge_method, children[:count], kwargs, self.model_config, self.merge_space)
+        return node.set_cache(self.cache)
 
     def accept(self, visitor: RecipeVisitor, *args: Any, **kwargs: Any) -> Any:
         return visitor.visit_merge(self, *args, **kwargs)

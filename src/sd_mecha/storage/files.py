@@ -8,6 +8,7 @@ longer fits.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -15,7 +16,7 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
-from sd_mecha.errors import ChangedInputError, ModelNotFoundError
+from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import flat_bytes
 
@@ -70,7 +71,7 @@ class DescriptorPool:
         with self._lock:
             handle = self._handles.get(file.token)
             if handle is None:
-                handle = self._handles[file.token] = _Handle(file.open_descriptor())
+                handle = self._handles[file.token] = _Handle(self._open(file))
             else:
                 self._handles.move_to_end(file.token)
             handle.users += 1
@@ -95,6 +96,20 @@ class DescriptorPool:
             if not handle.users:
                 handle.file.close()
 
+    def _open(self, file: RangeFile) -> io.FileIO:
+        """Open a file; where the system allows no more descriptors, keep fewer from now on and try again."""
+        while True:
+            try:
+                return file.open_descriptor()
+            except OSError as error:
+                before = len(self._handles)
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not before:
+                    raise
+                self.limit = min(self.limit, before * 3 // 4)  # the output needs some, too
+                self._shrink()
+                if len(self._handles) == before:  # all are in use
+                    raise
+
     def _shrink(self) -> None:
         for token, handle in list(self._handles.items()):
             if len(self._handles) <= self.limit:
@@ -115,7 +130,8 @@ class RangeFile:
         pool: where descriptors come from.
 
     Raises:
-        ModelNotFoundError: the path leads to no readable regular file.
+        ModelNotFoundError: the path leads nowhere.
+        ModelAccessError: what it leads to is no regular file, or may not be read.
     """
 
     def __init__(
@@ -134,9 +150,9 @@ class RangeFile:
             self.closed = False
             pool.give_back(pool.borrow(self))  # permission is known only by opening
         except (OSError, ValueError) as error:
-            if isinstance(error, (ModelNotFoundError, ChangedInputError)):
+            if isinstance(error, MechaError):
                 raise
-            raise ModelNotFoundError(self._not_found(error)) from error
+            raise self._cannot_open(error) from error
 
     @property
     def size(self) -> int:
@@ -237,20 +253,23 @@ class RangeFile:
         if stat.S_ISREG(status.st_mode):
             return
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise ModelNotFoundError(f"{self._where()} is {what}; name a model file")
+        raise ModelAccessError(f"{self._where()} is {what}; name a model file")
 
     def _where(self) -> str:
         resolved = "" if self._requested == self.path else f" (resolved to {self.path!r})"
         return f"model {self._requested!r}{resolved}"
 
-    def _not_found(self, error: OSError | ValueError) -> str:
+    def _cannot_open(self, error: OSError | ValueError) -> MechaError:
         if isinstance(error, FileNotFoundError):
             folder = os.path.dirname(self.path)
             if not os.path.isdir(folder):
-                return f"{self._where()} was not found: there is no folder {folder!r}"
-            return f"{self._where()} was not found; check the name and the model folders"
-        reason = (error.strerror or error) if isinstance(error, OSError) else error
-        return f"{self._where()} cannot be opened: {reason}"
+                return ModelNotFoundError(f"{self._where()} was not found: there is no folder {folder!r}")
+            return ModelNotFoundError(f"{self._where()} was not found; check the name and the model folders")
+        if isinstance(error, NotADirectoryError | ValueError):  # ValueError: a NUL in the path
+            reason = error.strerror if isinstance(error, OSError) else error
+            return ModelNotFoundError(f"{self._where()} cannot be opened: {reason}; check the path")
+        step = "check its permissions" if isinstance(error, PermissionError) else "check the disk"
+        return ModelAccessError(f"{self._where()} cannot be opened: {error.strerror or error}; {step}")
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -17,7 +17,7 @@ import stat
 import threading
 from collections.abc import Iterator
 
-from sd_mecha.errors import OutputError
+from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
 
 _COPY_SIZE = 8 << 20
@@ -121,7 +121,7 @@ class OutputFile:
     def _check_target(self, target: str) -> None:
         folder = os.path.dirname(target)
         if not os.path.isdir(folder):
-            raise OutputError(f"output {self.path!r}: there is no folder {folder!r}; create it or choose another")
+            raise OutputFolderError(f"output {self.path!r}: there is no folder {folder!r}; create it or choose another")
         if os.path.isdir(target):
             raise OutputError(f"output {self.path!r} is a folder; name a file in it")
         if os.path.exists(target) and not os.path.isfile(target):
@@ -212,7 +212,9 @@ class OutputFile:
         else:
             step = "check the disk, or choose another folder"
         reason = (error.strerror or error) if isinstance(error, OSError) else error
-        return OutputError(f"output {self.path!r} {what}: {reason}; {step}")
+        reported = OutputError(f"output {self.path!r} {what}: {reason}; {step}")
+        reported.errno = code
+        return reported
 
 
 def _progress(count: int) -> int:

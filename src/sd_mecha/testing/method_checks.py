@@ -83,7 +83,7 @@ class _Check:
         # scalars steer; the tensors proper are those with a dimension, where there are any
         sizes = [(t.dim() > 0, t.numel(), tuple(t.shape)) for t in call.tensors()]
         _, numel, self.shape = max(sizes, default=(False, 0, ()))
-        self.whole = Tile(0, numel, numel)
+        self.whole = Tile(0, numel, numel, self.shape)
         self.where = f"shape {self.shape}, {dtype}" + (f", {dict(example)}" if example else "")
 
     def run(self) -> None:
@@ -141,7 +141,7 @@ class _Check:
                     return t
                 return t.reshape(-1)[start:stop] if flat else t[start:stop]
 
-            tile = Tile(start * step, stop * step, self.whole.numel)
+            tile = Tile(start * step, stop * step, self.whole.numel, self.shape)
             got = self.call.run_tile(piece, tile)
             expected = piece(result)
             if not same(got, expected):

@@ -2,6 +2,44 @@
 
 from __future__ import annotations
 
-from sd_mecha.builtin.methods import bounds, casting, exchange, linear, masks, select, spherical, ties
+from sd_mecha.builtin.methods import (
+    bounds,
+    casting,
+    cosine,
+    dropout,
+    exchange,
+    fourier,
+    geometric,
+    kronecker,
+    linear,
+    masks,
+    median,
+    regions,
+    rotation,
+    select,
+    spherical,
+    stock,
+    svd,
+    ties,
+)
 
-__all__ = ["bounds", "casting", "exchange", "linear", "masks", "select", "spherical", "ties"]
+__all__ = [
+    "bounds",
+    "casting",
+    "cosine",
+    "dropout",
+    "exchange",
+    "fourier",
+    "geometric",
+    "kronecker",
+    "linear",
+    "masks",
+    "median",
+    "regions",
+    "rotation",
+    "select",
+    "spherical",
+    "stock",
+    "svd",
+    "ties",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import promoted
+from sd_mecha.builtin.methods.common import check_some, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 
@@ -34,8 +34,7 @@ def clamp(
     >>> clamp.__wrapped__(a, low, high)
     tensor([0.0000, 0.5000, 1.0000])
     """
-    if not bounds:
-        raise ValueError("clamp: got no bound; expected at least one model to limit `a` to")
+    check_some("clamp", bounds, "bound")
     a, *limits = promoted(a, *bounds)
     low = high = limits[0]
     for limit in limits[1:]:

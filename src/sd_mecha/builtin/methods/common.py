@@ -6,8 +6,14 @@ planning. So nothing here looks at a value unless it lies on the CPU and is one 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sd_mecha.errors import ParameterError
+from sd_mecha.extensions.tile import Tile
 
 
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -35,3 +41,61 @@ def keep_ends(weight: Tensor, at_zero: Tensor, at_one: Tensor, between: Tensor) 
 def quotient(dividend: Tensor, divisor: Tensor) -> Tensor:
     """`dividend / divisor`, and 0 where the divisor is 0."""
     return torch.where(divisor == 0, 0.0, dividend / divisor)
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of tensors of one dtype with weights of sum 1, in float32 or better; of equal tensors, bit for bit it."""
+    dtype = tensors[0].dtype
+    mean = tensors[0].to(torch.promote_types(dtype, torch.float32), copy=True)
+    total = weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += weight
+        # lerp rather than a sum divided at the end: the mean of equal values is that value
+        mean.lerp_(tensor.to(mean), weight / total if total else 0.0)
+    return mean.to(dtype)
+
+
+def shape_of(tensor: Tensor, tile: Tile) -> tuple[int, ...]:
+    """The shape of what a tensor is a tile of; its own where a method sees entire tensors that broadcast."""
+    return tile.shape if tensor.numel() == tile.stop - tile.start else tuple(tensor.shape)
+
+
+def check_range(method: str, name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a parameter outside [low, high].
+
+    Raises:
+        ParameterError: it is; the message names method, parameter, value and range.
+    """
+    if not low <= value <= high:  # true for NaN too
+        allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+        raise ParameterError(f"{method}: {name} is {value!r}; expected a number {allowed}")
+
+
+def check_positive(method: str, name: str, value: float) -> None:
+    """Refuse a parameter that is not above 0.
+
+    Raises:
+        ParameterError: it is not; the message names method, parameter, value and range.
+    """
+    if not value > 0:
+        raise ParameterError(f"{method}: {name} is {value!r}; expected a number above 0")
+
+
+def check_choice(method: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a parameter that is none of a few words.
+
+    Raises:
+        ParameterError: it is none; the message names method, parameter, value and the words.
+    """
+    if value not in choices:
+        raise ParameterError(f"{method}: {name} is {value!r}; expected {' or '.join(map(repr, choices))}")
+
+
+def check_some(method: str, inputs: Sequence[object], what: str = "model") -> None:
+    """Refuse a call without any model.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    if not inputs:
+        raise ParameterError(f"{method}: got no {what}; expected at least one")

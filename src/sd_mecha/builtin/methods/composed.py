@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sd_mecha.builtin.methods import bounds, linear, spherical, ties
+from typing import Any
+
+from sd_mecha.builtin.methods import bounds, linear, rotation, spherical, stock, ties
 from sd_mecha.errors import MergeSpaceError
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
 from sd_mecha.recipes.nodes import RecipeNode
@@ -77,6 +79,39 @@ def add_perpendicular(
     return linear.add_difference(a, taught, alpha)
 
 
+def rotate(
+    a: RecipeNodeOrValue,
+    b: RecipeNodeOrValue,
+    c: RecipeNodeOrValue | None = None,
+    *,
+    alignment: RecipeNodeOrValue = 1.0,
+    alpha: RecipeNodeOrValue = 0.0,
+    cache: Any = None,
+) -> RecipeNode:
+    """Turn the neurons of `a` to where those of `b` lie, and blend the two there: the method `rotate`.
+
+    Args:
+        a: the model that is turned.
+        b: the model that it is turned towards.
+        c: the common base; with it, what `a` and `b` differ from it by is turned and blended, and added to it.
+        alignment: 0 stays, 1 turns all the way.
+        alpha: how much of `b` is mixed in.
+        cache: keeps the rotations for further merges with other `alignment` and `alpha`: what the method's
+            `create_cache()` makes.
+
+    >>> import sd_mecha, torch
+    >>> a = sd_mecha.model({"w": torch.tensor([[1.0, 0.0], [-1.0, 0.0]])})
+    >>> b = sd_mecha.model({"w": torch.tensor([[0.0, 2.0], [0.0, -2.0]])})
+    >>> sd_mecha.merge(sd_mecha.rotate(a, b), output_dtype=None)["w"].abs().round()
+    tensor([[0., 1.],
+            [0., 1.]])
+    """
+    base = None if c is None else value_to_node(c)
+    first, second = (value_to_node(a), value_to_node(b)) if base is None else deltas_from(base, (a, b))
+    turned = rotation.rotate(first, second, alignment=alignment, alpha=alpha).set_cache(cache)
+    return turned if base is None else linear.add_difference(base, turned)
+
+
 def add_difference_ties(
     base: RecipeNodeOrValue,
     *models: RecipeNodeOrValue,
@@ -97,7 +132,7 @@ def add_difference_ties(
     tensor([4.])
     """
     base = value_to_node(base)
-    return linear.add_difference(base, ties.ties_sum(*_deltas(base, models), k=k), alpha)
+    return linear.add_difference(base, ties.ties_sum(*deltas_from(base, models), k=k), alpha)
 
 
 def add_difference_ties_extended(
@@ -128,7 +163,7 @@ def add_difference_ties_extended(
     """
     base = value_to_node(base)
     merged = ties.ties_sum_extended(
-        *_deltas(base, models),
+        *deltas_from(base, models),
         k=k,
         vote_sgn=vote_sgn,
         apply_stock=apply_stock,
@@ -141,7 +176,34 @@ def add_difference_ties_extended(
     return linear.add_difference(base, merged, alpha)
 
 
-def _deltas(base: RecipeNode, models: tuple[RecipeNodeOrValue, ...]) -> list[RecipeNode]:
+def n_model_stock(
+    base: RecipeNodeOrValue,
+    *models: RecipeNodeOrValue,
+    cos_eps: RecipeNodeOrValue = 1e-6,
+    filter_wise: RecipeNodeOrValue = False,
+    pairs: RecipeNodeOrValue = "all",
+    bounded: RecipeNodeOrValue = True,
+) -> RecipeNode:
+    """Add to `base` what `model_stock` makes of several models' differences from it.
+
+    Args:
+        base: the common base, which also receives the result.
+        models: fine-tunes of it; those known to be deltas are taken as they are.
+        cos_eps, filter_wise, pairs, bounded: see `model_stock`.
+
+    >>> import sd_mecha, torch
+    >>> base, a, b = (sd_mecha.model({"w": torch.tensor(v)}) for v in ([1.0, 1.0], [5.0, 1.0], [5.0, 5.0]))
+    >>> sd_mecha.merge(n_model_stock(base, a, b), output_dtype=None)["w"].round(decimals=3)
+    tensor([4.3140, 2.6570])
+    """
+    base = value_to_node(base)
+    merged = stock.model_stock(
+        *deltas_from(base, models), cos_eps=cos_eps, filter_wise=filter_wise, pairs=pairs, bounded=bounded
+    )
+    return linear.add_difference(base, merged)
+
+
+def deltas_from(base: RecipeNode, models: tuple[RecipeNodeOrValue, ...]) -> list[RecipeNode]:
     nodes = [value_to_node(model) for model in models]
     return [node if _is_delta(node) else linear.subtract(node, base) for node in nodes]
 

@@ -11,7 +11,10 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
+import torch
 from torch import Tensor
+
+from sd_mecha.builtin.methods.common import check_positive, check_range
 
 Gram = tuple[tuple[float, ...], ...]
 
@@ -31,19 +34,43 @@ def gram_matrix(products: Iterable[Tensor], count: int) -> Gram | None:
     return tuple(map(tuple, matrix))
 
 
-def stock_factor(gram: Gram, cos_eps: float) -> float:
-    """The share of the mean to keep: `n c / (1 + (n - 1) c)` for the mean cosine c of all pairs, in [0, 1].
+def stock_factors(
+    products: Tensor, count: int, cos_eps: float, *, adjacent: bool = False, bounded: bool = True
+) -> Tensor:
+    """The share of the mean of `count` tensors to keep: `n c / (1 + (n - 1) c)` for their mean cosine c.
 
-    >>> stock_factor(((1.0, 0.0), (0.0, 1.0)), 1e-6), stock_factor(((1.0, 1.0), (1.0, 1.0)), 1e-6)
-    (0.0, 1.0)
+    Args:
+        products: the inner products of `pairs(count)`, along the first dimension.
+        count: how many tensors there are, at least two.
+        cos_eps: the least product of norms that a cosine is divided by.
+        adjacent: take the cosines of neighbours only, instead of all pairs.
+        bounded: keep c, and with it the result, within [0, 1].
+
+    >>> stock_factors(torch.tensor([1.0, 0.0, 1.0]), 2, 1e-6), stock_factors(torch.tensor([1.0, 1.0, 1.0]), 2, 1e-6)
+    (tensor(0.), tensor(1.))
     """
-    n = len(gram)
-    if n == 1:
-        return 1.0
-    norms = [math.sqrt(gram[i][i]) for i in range(n)]
-    cosines = [gram[i][j] / max(norms[i] * norms[j], cos_eps) for i, j in pairs(n) if i != j]
-    cosine = min(max(sum(cosines) / len(cosines), 0.0), 1.0)
-    return n * cosine / (1 + (n - 1) * cosine)
+    index = {pair: k for k, pair in enumerate(pairs(count))}
+    chosen = [(i, j) for i, j in index if i != j and (j == i + 1 or not adjacent)]
+    cosine = torch.zeros_like(products[0])
+    for i, j in chosen:
+        # the root of a product, not the product of roots: equal tensors have cosine 1 exactly
+        norms = torch.sqrt(products[index[i, i]] * products[index[j, j]])
+        cosine += products[index[i, j]] / norms.clamp_(min=cos_eps)
+    cosine /= len(chosen)
+    if bounded:
+        cosine.clamp_(0, 1)
+    return count * cosine / (1 + (count - 1) * cosine)
+
+
+def check_weiszfeld(method: str, eps: float, maxiter: int, ftol: float) -> None:
+    """Refuse parameters that `median_weights` cannot work with.
+
+    Raises:
+        ParameterError: one is out of its range.
+    """
+    check_positive(method, "eps", eps)
+    check_range(method, "maxiter", maxiter, 0)
+    check_range(method, "ftol", ftol, 0)
 
 
 @lru_cache(maxsize=64)  # every tile of a tensor asks for the same weights

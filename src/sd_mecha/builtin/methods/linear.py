@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import keep_ends, known_number, promoted
+from sd_mecha.builtin.methods.common import check_some, keep_ends, known_number, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, StateDict, merge_method
 
 
@@ -65,8 +65,7 @@ def n_average(*models: Parameter(StateDict[Tensor]), **kwargs: Any) -> Return(Te
     >>> n_average.__wrapped__({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([3.0, 5.0])}, key="w")
     tensor([1.5000, 3.0000])
     """
-    if not models:
-        raise ValueError("n_average: got no model; expected at least one")
+    check_some("n_average", models)
     key = kwargs["key"]
     first = models[0][key]
     dtype, wide = first.dtype, torch.promote_types(first.dtype, torch.float32)

@@ -6,13 +6,14 @@ one pass to find it, one to apply it; the extended one takes another for the inn
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import promoted, quotient
-from sd_mecha.builtin.methods.gram import gram_matrix, median_weights, pairs, stock_factor
+from sd_mecha.builtin.methods.common import check_positive, check_range, check_some, promoted, quotient
+from sd_mecha.builtin.methods.gram import check_weiszfeld, gram_matrix, median_weights, pairs, stock_factors
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.reductions import Dot, KthMagnitude
 
@@ -48,12 +49,15 @@ def ties_sum(
     >>> sd_mecha.merge(recipe, strict_merge_space="delta", output_dtype=None)["w"]
     tensor([ 3., -5., -3.])
     """
-    models = promoted(*_some(models, "ties_sum"))
-    kept_share = _entries(k, kwargs["tile"].numel)
+    check_range("ties_sum", "k", k, 0)
+    check_some("ties_sum", models, "delta")
+    models = promoted(*models)
+    kept_share = entries_kept(k, kwargs["tile"].numel)
     if kept_share is not None:
         thresholds = yield tuple(KthMagnitude(m, kept_share) for m in models)
         models = _trim(models, thresholds)
-    return _agreed_mean(_agreeing(models, vote_sgn))
+    kept = _agreeing(models, _elected(models, vote_sgn))
+    return _mean(kept, kept)
 
 
 @merge_method(tiling="elementwise")
@@ -97,56 +101,95 @@ def ties_sum_extended(
     >>> sd_mecha.merge(recipe, strict_merge_space="delta", output_dtype=None)["w"].round(decimals=3)
     tensor([1., 1.])
     """
-    models = promoted(*_some(models, "ties_sum_extended"))
-    kept_share = _entries(k, kwargs["tile"].numel)
+    check_range("ties_sum_extended", "k", k, 0)
+    check_some("ties_sum_extended", models, "delta")
+    models = promoted(*models)
+    options = TiesOptions(vote_sgn, apply_stock, apply_median, cos_eps, eps, maxiter, ftol)
+    options.check("ties_sum_extended")
+    return (yield from merge_elected(models, models, entries_kept(k, kwargs["tile"].numel), options))
+
+
+class TiesOptions(NamedTuple):
+    """The parameters of `ties_sum_extended` that do not depend on the tensor."""
+
+    vote_sgn: bool
+    apply_stock: bool
+    apply_median: bool
+    cos_eps: float
+    eps: float
+    maxiter: int
+    ftol: float
+
+    def check(self, method: str) -> None:
+        """Refuse values outside their ranges.
+
+        Raises:
+            ParameterError: there is one; the message names method, parameter, value and range.
+        """
+        check_positive(method, "cos_eps", self.cos_eps)
+        check_weiszfeld(method, self.eps, self.maxiter, self.ftol)
+
+
+def merge_elected(
+    models: Sequence[Tensor], counted: Sequence[Tensor], kept_share: int | None, options: TiesOptions
+) -> Generator[Any, Any, Tensor]:
+    """Trim, elect signs and merge: the reductions and the result of `ties_sum_extended`.
+
+    Args:
+        models: the deltas, of one dtype.
+        counted: what a mean divides by: the number of models whose entry here is large enough and has the
+            elected sign. These are the deltas again, unless some of their entries were dropped at random.
+        kept_share: how many entries of each delta are kept; None for all.
+        options: everything else.
+    """
     if kept_share is not None:
         thresholds = yield tuple(KthMagnitude(m, kept_share) for m in models)
+        same = counted is models
         models = _trim(models, thresholds)
-    kept = _agreeing(models, vote_sgn)
-    if len(kept) == 1 or not (apply_stock or apply_median):
-        return _agreed_mean(kept)
-    products = yield tuple(Dot(kept[i], kept[j]) for i, j in pairs(len(kept)))
-    gram = gram_matrix(products, len(kept))
-    if not apply_median:
-        factor = 1.0 if gram is None else stock_factor(gram, cos_eps)
-        return _agreed_mean(kept).mul_(factor)
-    weights = [1.0] * len(kept) if gram is None else median_weights(gram, eps, maxiter, ftol)
-    result = kept[0] * weights[0]
-    for delta, weight in zip(kept[1:], weights[1:], strict=True):
-        result.add_(delta * weight)
+        counted = models if same else _trim(counted, thresholds)
+    elected = _elected(models, options.vote_sgn)
+    kept = _agreeing(models, elected)
+    if options.apply_median and len(kept) > 1:
+        gram = gram_matrix((yield tuple(Dot(kept[i], kept[j]) for i, j in pairs(len(kept)))), len(kept))
+        weights = [1.0] * len(kept) if gram is None else median_weights(gram, *options[-3:])
+        result = kept[0] * weights[0]
+        for delta, weight in zip(kept[1:], weights[1:], strict=True):
+            result.add_(delta * weight)
+        return result
+    result = _mean(kept, kept if counted is models else _agreeing(counted, elected))
+    if options.apply_stock and len(kept) > 1:
+        products = yield tuple(Dot(kept[i], kept[j]) for i, j in pairs(len(kept)))
+        result.mul_(stock_factors(torch.stack(products), len(kept), options.cos_eps).to(result))
     return result
 
 
-def _some(models: tuple[Tensor, ...], method: str) -> tuple[Tensor, ...]:
-    if not models:
-        raise ValueError(f"{method}: got no delta; expected at least one")
-    return models
-
-
-def _entries(share: float, numel: int) -> int | None:
+def entries_kept(share: float, numel: int) -> int | None:
     """How many entries of a delta are kept; None for all of them."""
-    if share < 0:
-        raise ValueError(f"k={share} is negative; expected the share of entries to keep, from 0 to 1")
     count = max(1, round(share * numel)) if share < 1 else numel
     return None if count >= numel else count
 
 
-def _trim(models: tuple[Tensor, ...], thresholds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _trim(models: Sequence[Tensor], thresholds: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.where(m.abs() >= t.to(m), m, 0.0) for m, t in zip(models, thresholds, strict=True))
 
 
-def _agreeing(models: tuple[Tensor, ...], by_mass: bool) -> list[Tensor]:
-    """The models with every entry set to 0 that has not the elected sign."""
+def _elected(models: Sequence[Tensor], by_mass: bool) -> Tensor:
+    """The sign that each entry should have; 0 where the vote is a draw."""
     votes = models[0].clone() if by_mass else torch.sign(models[0])
     for model in models[1:]:
         votes.add_(model if by_mass else torch.sign(model))
-    elected = votes.sign_()
+    return votes.sign_()
+
+
+def _agreeing(models: Sequence[Tensor], elected: Tensor) -> list[Tensor]:
+    """The models with every entry set to 0 that has not the elected sign."""
     return [torch.where(torch.sign(m) == elected, m, 0.0) for m in models]
 
 
-def _agreed_mean(kept: list[Tensor]) -> Tensor:
-    total, count = kept[0].clone(), (kept[0] != 0).to(kept[0].dtype)
-    for delta in kept[1:]:
+def _mean(kept: Sequence[Tensor], counted: Sequence[Tensor]) -> Tensor:
+    """The sum of `kept` over the number of entries of `counted` that are not 0."""
+    total, count = kept[0].clone(), (counted[0] != 0).to(kept[0].dtype)
+    for delta, entry in zip(kept[1:], counted[1:], strict=True):
         total.add_(delta)
-        count.add_(delta != 0)
+        count.add_(entry != 0)
     return quotient(total, count)
