@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sd_mecha
 from sd_mecha.builtin.methods.kronecker import factor_shape
-from sd_mecha.builtin.methods.orthogonal import OrthogonalMap, fractional_orthogonal_matrix_power, procrustes
+from sd_mecha.builtin.methods.orthogonal import Alignment, fractional_orthogonal_matrix_power, procrustes
 from sd_mecha.builtin.methods.stiefel import stiefel_interpolate
 from sd_mecha.errors import ParameterError
 from sd_mecha.extensions import merge_methods
@@ -161,6 +161,15 @@ def test_a_rotated_model_is_recovered(shape: tuple[int, ...], space: str) -> Non
     close(merged("rotate", a, b, alpha=0.7, space=space), b)
 
 
+@pytest.mark.parametrize("shape", [(200, 200), (150, 50), (50, 150)])
+def test_single_precision_recovers_a_rotated_model_too(shape: tuple[int, int]) -> None:
+    a = random(*shape)
+    b = (a - a.mean(0)) @ rotation(shape[1])
+    models = [sd_mecha.model({"w": t.float()}) for t in (a, b)]
+    got = sd_mecha.merge(sd_mecha.rotate(*models), output_dtype=None)["w"]
+    assert float((got - b).norm()) < 1e-3 * float(b.norm())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("alignment", [-1.0, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -214,7 +223,7 @@ def test_a_cache_keeps_rotations_for_other_strengths(with_base: bool) -> None:
     cache = merge_methods.resolve("rotate").create_cache()
     sd_mecha.merge(sd_mecha.rotate(*models, cache=cache), **options)
     found = cache["w"]["turn"]
-    assert isinstance(found, OrthogonalMap)
+    assert isinstance(found, Alignment)
     again = sd_mecha.merge(sd_mecha.rotate(*models, alignment=0.5, alpha=0.3, cache=cache), **options)["w"]
     assert cache["w"]["turn"] is found
     close(again, sd_mecha.merge(sd_mecha.rotate(*models, alignment=0.5, alpha=0.3), **options)["w"], 0)
@@ -240,7 +249,9 @@ def test_half_turns_have_a_root_too() -> None:
 @settings(deadline=None)
 def test_procrustes_is_orthogonal_and_optimal(rows: int, columns: int, seed: int) -> None:
     x, y = random(rows, columns, seed=seed), random(rows, columns, seed=seed + 100)
-    q = procrustes(x, y).apply(torch.eye(columns, dtype=torch.float64))
+    found = procrustes(x, y)
+    q = found.map.apply(torch.eye(columns, dtype=torch.float64))
+    close(found.apply(x), x @ q, 1e-7)
     close(q.T @ q, torch.eye(columns, dtype=torch.float64))
     best = float(torch.linalg.svdvals(x.T @ y).sum())
     assert abs(float(torch.trace(q.T @ x.T @ y)) - best) < 1e-8 * max(best, 1)

@@ -43,6 +43,8 @@ class OrthogonalMap:
 
         A reflection has no fractional power among orthogonal maps: `rotation` is taken in its place.
         """
+        if exponent == 1:
+            return self
         if float(exponent).is_integer():
             base = self.core if exponent >= 0 else self.core.mT
             return OrthogonalMap(torch.linalg.matrix_power(base, abs(int(exponent))), self.frame)
@@ -51,7 +53,7 @@ class OrthogonalMap:
     @cached_property
     def rotation(self) -> OrthogonalMap:
         """The nearest map that does not reflect: this one, or the one with its weakest direction reversed."""
-        if self.weakest is None or float(torch.linalg.slogdet(self.core.double()).sign) > 0:
+        if self.weakest is None or float(torch.linalg.slogdet(self.core).sign) > 0:
             return self
         u, v = self.weakest
         return OrthogonalMap(self.core - 2 * torch.outer(u, v), self.frame)
@@ -102,38 +104,82 @@ class Angles:
         return (self.vectors * torch.cos(turned) + self.partners * torch.sin(turned)) @ self.vectors.mT
 
 
-def procrustes(x: Tensor, y: Tensor) -> OrthogonalMap:
+@dataclass(frozen=True)
+class Alignment:
+    """What takes the rows of one matrix nearest to those of another.
+
+    Attributes:
+        left, right: orthonormal columns: directions of the one matrix, and those of the other that they go to.
+        is_all: whether the rows of both matrices have no other directions.
+    """
+
+    left: Tensor
+    right: Tensor
+    is_all: bool
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Turn rows all the way."""
+        return (x @ self.left) @ self.right.mT if self.is_all else self.map.apply(x)
+
+    @cached_property
+    def map(self) -> OrthogonalMap:
+        """The map of the whole space; what is not aligned is turned as little as possible."""
+        columns, rank = self.left.shape
+        if 2 * rank >= columns:
+            frame, left, right = None, self.left, self.right
+        else:  # nothing moves but what these directions span
+            outside = _orthonormal_to(self.left, self.right - self.left @ (self.left.mT @ self.right))
+            frame = torch.cat([self.left, outside], 1)
+            left, right = torch.eye(2 * rank, rank).to(self.left), frame.mT @ self.right
+        free_left, free_right = _complement(left), _complement(right)
+        u, _, vh = torch.linalg.svd(free_left.mT @ free_right)
+        left, right = torch.cat([left, free_left @ u], 1), torch.cat([right, free_right @ vh.mT], 1)
+        weakest = (left[:, -1], right[:, -1]) if left.shape[1] else None
+        found = OrthogonalMap(left @ right.mT, frame, weakest)
+        # where nothing but the sign of one direction is free, as in square matrices of rows with mean zero
+        return found.rotation if columns - rank == 1 else found
+
+
+def procrustes(x: Tensor, y: Tensor) -> Alignment:
     """The orthogonal Q that minimises `|x @ Q - y|`, and of all those the one nearest to doing nothing.
 
     Only directions that rows of both matrices have are aligned. If one direction remains, its sign is such that Q
-    does not reflect. Where there are fewer rows than half the columns, all work is done on the side of the rows.
+    does not reflect. Where there are fewer rows than columns, all work is done on the side of the rows.
     """
-    rows, columns = x.shape
-    if 2 * rows >= columns:
+    if x.shape[0] >= x.shape[1]:
         u, s, vh = torch.linalg.svd(x.mT @ y)
-        left, right, frame = u, vh.mT, None
+        left, right = u, vh.mT
     else:
         (frame_x, side_x), (frame_y, side_y) = torch.linalg.qr(x.mT), torch.linalg.qr(y.mT)
         u, s, vh = torch.linalg.svd(side_x @ side_y.mT)
-        frame = torch.linalg.qr(torch.cat([frame_x, frame_y], 1)).Q
-        left, right = frame.mT @ (frame_x @ u), frame.mT @ (frame_y @ vh.mT)
-    rank = int((s > s[:1] * max(x.shape) * torch.finfo(s.dtype).eps).sum())
-    known_left, known_right = left[:, :rank], right[:, :rank]
-    free_left, free_right = _complement(left, rank), _complement(right, rank)
-    # what is left is turned as little as possible
-    u, _, vh = torch.linalg.svd(free_left.mT @ free_right)
-    left, right = torch.cat([known_left, free_left @ u], 1), torch.cat([known_right, free_right @ vh.mT], 1)
-    found = OrthogonalMap(left @ right.mT, frame, (left[:, -1], right[:, -1]))
-    # where nothing but the sign of one direction is free, as in square matrices of rows with mean zero
-    return found.rotation if columns - rank == 1 else found
+        left, right = frame_x @ u, frame_y @ vh.mT
+    # no smaller than what rounding makes of zeros, no larger than need be: weak directions are turned too
+    rank = int((s > s[:1] * math.sqrt(max(x.shape)) * 4 * torch.finfo(s.dtype).eps).sum())
+    is_all = _is_small(x @ left[:, rank:], x) and _is_small(y @ right[:, rank:], y)
+    return Alignment(left[:, :rank], right[:, :rank], is_all)
 
 
-def _complement(vectors: Tensor, rank: int) -> Tensor:
-    """Orthonormal columns that complete the first `rank` ones of `vectors` to a basis."""
-    if vectors.shape[1] == vectors.shape[0]:
-        return vectors[:, rank:]
-    basis: Tensor = torch.linalg.qr(vectors[:, :rank], mode="complete").Q
-    return basis[:, rank:]
+def _is_small(part: Tensor, whole: Tensor) -> bool:
+    """Whether a part of a matrix is no more than what rounding may have left."""
+    limit = math.sqrt(torch.finfo(whole.dtype).eps)
+    return bool(torch.linalg.matrix_norm(part) <= limit * torch.linalg.matrix_norm(whole))
+
+
+def _complement(vectors: Tensor) -> Tensor:
+    """Orthonormal columns that complete orthonormal ones to a basis."""
+    n, count = vectors.shape
+    if count == 0:
+        return torch.eye(n).to(vectors)
+    basis: Tensor = torch.linalg.qr(vectors, mode="complete").Q
+    return basis[:, count:]
+
+
+def _orthonormal_to(vectors: Tensor, others: Tensor) -> Tensor:
+    """As many orthonormal columns as there are `others`, which span those and are orthogonal to `vectors`."""
+    basis: Tensor = torch.linalg.qr(others).Q
+    for _ in range(2):  # what is left of a column in the span of `vectors` is rounding, and may point anywhere
+        basis = torch.linalg.qr(basis - vectors @ (vectors.mT @ basis)).Q
+    return basis
 
 
 def fractional_orthogonal_matrix_power(q: Tensor, power: float) -> Tensor:

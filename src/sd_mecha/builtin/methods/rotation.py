@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sd_mecha.builtin.methods.common import known_number
-from sd_mecha.builtin.methods.orthogonal import OrthogonalMap, procrustes
+from sd_mecha.builtin.methods.orthogonal import Alignment, procrustes
 from sd_mecha.builtin.methods.svd import cache_entry
 from sd_mecha.extensions.merge_methods import Parameter, Return, StateDict, merge_method
 
@@ -85,11 +85,11 @@ def neuron_shape(a: Tensor) -> tuple[int, int]:
     return a.shape[0], a.shape[1] * kernel
 
 
-def _turn(x: Tensor, y: Tensor, centralization: float, kept: Any) -> OrthogonalMap:
-    """The map that turns rows of `x` to those of `y`, from `kept` where it was found before."""
-    found: OrthogonalMap | None = kept.get("turn")
+def _turn(x: Tensor, y: Tensor, centralization: float, kept: Any) -> Alignment:
+    """What turns rows of `x` to those of `y`, from `kept` where it was found before."""
+    found: Alignment | None = kept.get("turn")
     fits = found is not None and kept["centralization"] == centralization and kept["shape"] == x.shape
-    if found is None or not fits or found.core.device != x.device or found.core.dtype != x.dtype:
+    if found is None or not fits or found.left.device != x.device or found.left.dtype != x.dtype:
         found = procrustes(x - x.mean(0) * centralization, y - y.mean(0) * centralization)
         kept.clear()
         kept.update({"centralization": centralization, "shape": x.shape, "turn": found})
@@ -97,21 +97,22 @@ def _turn(x: Tensor, y: Tensor, centralization: float, kept: Any) -> OrthogonalM
 
 
 def _blend(
-    x: Tensor, y: Tensor, turn: OrthogonalMap, alignment: float, alpha: float | Tensor, centralization: float
+    x: Tensor, y: Tensor, turn: Alignment, alignment: float, alpha: float | Tensor, centralization: float
 ) -> Tensor:
-    if not float(alignment).is_integer():
-        turn = turn.rotation
-    turned = turn.power(alignment)
     mean_x, mean_y = x.mean(0, keepdim=True) * centralization, y.mean(0, keepdim=True) * centralization
     mean = torch.lerp(mean_x, mean_y, alignment)
+    if alignment == 1 and not isinstance(alpha, Tensor):
+        # the means pass through the maps as one more row, so that no centred copy is needed
+        result = turn.apply(x).mul_(1 - alpha).add_(y, alpha=alpha)
+        return result.add_(mean - (1 - alpha) * turn.apply(mean_x) - alpha * mean_y)
+    whole = turn.map if float(alignment).is_integer() else turn.map.rotation
+    turned = whole.power(alignment)
     if isinstance(alpha, Tensor):
-        mixed = torch.lerp(x - mean_x, turn.inverse().apply(y - mean_y), alpha)
+        mixed = torch.lerp(x - mean_x, whole.inverse().apply(y - mean_y), alpha)
         return turned.apply(mixed).add_(mean)
-    # the means pass through the maps as two more rows, so that no centred copy is needed
-    result = turned.apply(x).mul_(1 - alpha)
-    shift = mean - (1 - alpha) * turned.apply(mean_x)
+    result, shift = turned.apply(x).mul_(1 - alpha), mean - (1 - alpha) * turned.apply(mean_x)
     if alpha != 0:
-        back_and_on = turn.inverse().then(turned)
-        result.add_(y if alignment == 1 else back_and_on.apply(y), alpha=alpha)
-        shift.sub_(mean_y if alignment == 1 else back_and_on.apply(mean_y), alpha=alpha)
+        back_and_on = whole.inverse().then(turned)
+        result.add_(back_and_on.apply(y), alpha=alpha)
+        shift -= alpha * back_and_on.apply(mean_y)
     return result.add_(shift)

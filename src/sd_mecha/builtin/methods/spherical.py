@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,17 +56,27 @@ def slerp(
         return b.clone()
 
     aa, bb, ab = yield Dot(a, a), Dot(b, b), Dot(a, b)
-    t = alpha.to(aa)
-    norm_a, norm_b = aa.sqrt(), bb.sqrt()
-    cosine = torch.clamp(ab / (norm_a * norm_b), -1.0, 1.0)
-    sine = torch.sqrt((1 - cosine) * (1 + cosine))
-    curved = sine > smallest_sine(a.dtype)  # false for NaN too, that is for tensors of zeros
-    angle = torch.atan2(sine, cosine)
-    norm = torch.lerp(norm_a, norm_b, t)
-    weight_a = torch.where(curved, torch.sin((1 - t) * angle) / sine * (norm / norm_a), 1 - t)
-    weight_b = torch.where(curved, torch.sin(t * angle) / sine * (norm / norm_b), t)
-    result = torch.mul(a, weight_a.to(a)).addcmul_(b, weight_b.to(b))
-    return result if number is not None else keep_ends(t, a, b, result)
+    t = number if number is not None else alpha.to(a)
+    weight_a, weight_b = _arc_weights(aa.item(), bb.item(), ab.item(), t, smallest_sine(a.dtype))
+    result = torch.mul(a, torch.as_tensor(weight_a).to(a)).addcmul_(b, torch.as_tensor(weight_b).to(b))
+    return result if number is not None else keep_ends(alpha.to(a), a, b, result)
+
+
+def _arc_weights(aa: float, bb: float, ab: float, t: Any, smallest: float) -> tuple[Any, Any]:
+    """What two vectors weigh at `t` (a number, or one for each element) on the arc between them.
+
+    The few numbers of a whole tensor are worked out in Python: a tensor operation on a single number takes as
+    long as one on thousands.
+    """
+    norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)
+    cosine = max(-1.0, min(1.0, ab / (norm_a * norm_b))) if norm_a * norm_b else math.nan
+    sine = math.sqrt((1 - cosine) * (1 + cosine))
+    if not sine > smallest:  # nor where it is NaN, that is for tensors of zeros
+        return 1 - t, t
+    angle = math.atan2(sine, cosine)
+    norm = norm_a + t * (norm_b - norm_a)
+    sin = torch.sin if isinstance(t, Tensor) else math.sin
+    return sin((1 - t) * angle) * norm / (sine * norm_a), sin(t * angle) * norm / (sine * norm_b)
 
 
 @merge_method(tiling="elementwise")
@@ -92,6 +105,6 @@ def perpendicular_component(
     """
     a, b = promoted(a, b)
     aa, ab = yield Dot(a, a), Dot(a, b)
-    share = torch.where(aa == 0, 0.0, ab / aa)
-    result = torch.addcmul(b, a, -share.to(a))
-    return torch.where(aa == 0, 0.0, result)
+    if aa == 0:
+        return torch.zeros_like(b)
+    return torch.addcmul(b, a, -(ab / aa).to(a))
