@@ -8,6 +8,7 @@ may lack it. Configs are compared by identity and told apart by `identifier`,
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -105,13 +106,13 @@ class ModelConfig(Protocol):
     """The interface of every config; from `identifier` and `components` the rest follows."""
 
     @property
+    @abstractmethod
     def identifier(self) -> str:
         """`<architecture>-<implementation>`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def components(self) -> Mapping[str, ModelComponent]:
         """Return the parts of the model by name."""
-        raise NotImplementedError
 
     def keys(self) -> Mapping[str, KeyMetadata]:
         """Return key -> metadata over all components."""

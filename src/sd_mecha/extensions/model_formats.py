@@ -7,6 +7,7 @@ A format recognises paths by content, opens a reader and creates a writer; both 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sd_mecha.storage.foreign import HEAD_SIZE, describe_foreign
 __all__ = ["ModelFormat", "find", "for_output", "get_all", "register_model_format", "resolve"]
 
 
-class ModelFormat:
+class ModelFormat(ABC):
     """Base of formats. A subclass overrides `matches`, and `reader`, `writer` or both.
 
     A format written for sd-mecha 1 overrides `get_read_dict` and `get_write_dict` instead; the defaults of
@@ -32,9 +33,9 @@ class ModelFormat:
     suffixes: tuple[str, ...] = ()
     """Endings of output paths that ask for this format, such as `.safetensors`."""
 
+    @abstractmethod
     def matches(self, path: Path) -> bool:
         """Tell by content whether an existing path is of this format."""
-        raise NotImplementedError
 
     def matches_output(self, path: Path) -> bool:
         """Tell by name whether a path that may not exist yet should be written in this format."""
@@ -49,23 +50,24 @@ class ModelFormat:
 
     def reader(self, path: Path) -> Reader:
         """Open a path for reading."""
-        if type(self).get_read_dict is ModelFormat.get_read_dict:
-            raise UnknownFormatError(f"format {self.identifier!r} cannot read {str(path)!r}: it is for writing only")
         return MappingReader(self.get_read_dict(path, 2**28), str(path))
 
     def writer(self, path: Path) -> Writer:
         """Create the writer of an output path."""
         if type(self).get_write_dict is ModelFormat.get_write_dict:
-            raise UnknownFormatError(f"format {self.identifier!r} cannot write {str(path)!r}: it is for reading only")
+            raise self._one_way(path, "write", "reading")
         return MappingWriter(lambda config, recipe: self.get_write_dict(path, config, recipe, 2**28))
 
     def get_read_dict(self, path: Path, buffer_size: int) -> Any:
         """Return a mapping of key -> tensor (sd-mecha 1)."""
-        raise NotImplementedError
+        raise self._one_way(path, "read", "writing")
 
     def get_write_dict(self, path: Path, model_config: Any, mecha_recipe: str, buffer_size: int) -> Any:
         """Return a mapping that writes the tensors put into it (sd-mecha 1)."""
-        raise NotImplementedError
+        raise self._one_way(path, "write", "reading")
+
+    def _one_way(self, path: Path, verb: str, only: str) -> UnknownFormatError:
+        return UnknownFormatError(f"format {self.identifier!r} cannot {verb} {str(path)!r}: it is for {only} only")
 
 
 DEFAULT_OUTPUT = "safetensors"
