@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, IMPORT, NAMES, RECIPES
+from bench.cases import CASES, IMPORT, INFERENCE, NAMES, RECIPES
 from bench.files import SETS
 from bench.measure import Bench
 from bench.process import ChildError
@@ -39,7 +39,8 @@ def arguments() -> argparse.Namespace:
     chosen = parser.parse_args()
     if unknown := set(chosen.cases) - set(NAMES):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    chosen.cases = [name for name in NAMES if not chosen.cases or name in chosen.cases]
+    whole = {case.name for case in CASES if case.adapters} if chosen.quick else set()  # an adapter needs its whole base
+    chosen.cases = [name for name in NAMES if (not chosen.cases or name in chosen.cases) and name not in whole]
     return chosen
 
 
@@ -72,6 +73,8 @@ def main() -> int:
 def measure(bench: Bench, name: str) -> dict[str, Any]:
     if name == IMPORT:
         return bench.imports()
+    if name == INFERENCE:
+        return bench.inference()
     if name in RECIPES:
         return bench.recipe(name)
     return bench.merge_case(next(case for case in CASES if case.name == name))
@@ -79,7 +82,7 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
 
 def remove_unneeded(work: Path, coming: list[str]) -> None:
     """Remove file sets that no later case uses: all of them together would fill 50 GB."""
-    needed = {case.files for case in CASES if case.name in coming}
+    needed = {files for case in CASES if case.name in coming for files in (case.files, case.adapters)}
     for files in set(SETS) - needed:
         for folder in (work / files, work / f"{files}-quick"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.files import SETS
+
 MEMORY = 64_000_000
+MORE_MEMORY = 96_000_000  # for methods that hold every model of a tile at once
+MATRIX_MEMORY = 4 * SETS["matrices"].largest() + MEMORY  # for methods that need entire tensors
+ADAPTER_MEMORY = 160_000_000
+MATRICES = "one transformer block of each width of SD1.5"
 
 
 @dataclass(frozen=True)
@@ -12,7 +18,9 @@ class Case:
     """A merge of files.
 
     Attributes:
-        files, count: the file set, and how many of its files go in.
+        files, count: the file set, and how many of its files go in; the base is one of them.
+        adapters, adapter_count: a file set that goes in after these, and how many of its files.
+        method: a recipe of `children/merge_once.py`.
         old: whether release 1.1.8 runs it as well.
         cold: evict the inputs from the page cache before every run.
         times: merges within one process; the median counts.
@@ -34,6 +42,8 @@ class Case:
     floor: float | None = None
     seconds: float | None = None
     memory: int | None = MEMORY
+    adapters: str = ""
+    adapter_count: int = 0
 
 
 CASES = (
@@ -128,10 +138,79 @@ CASES = (
         faster=5,
         floor=1.4,
     ),
+    *(
+        Case(f"sd15_{method}", f"{title}, SD1.5, warm", "sd15", count, method, faster=faster, memory=memory)
+        for method, title, count, faster, memory in (
+            ("add_difference_ties", "base + ties_sum of 3 differences, k=0.2", 4, 6, MORE_MEMORY),
+            ("add_ties_with_dare", "add_ties_with_dare of a base and 3", 4, 6, MORE_MEMORY),
+            ("dare", "base + ties_sum_with_dropout of 3 differences", 4, 6, MORE_MEMORY),
+            ("della", "base + ties_sum_with_dropout of 3 differences, DELLA", 4, 6, MORE_MEMORY),
+            ("n_model_stock", "n_model_stock of a base and 4", 5, 5, MORE_MEMORY),
+            ("geometric_median", "geometric_median of 4", 4, 5, MORE_MEMORY),
+            ("add_perpendicular", "add_perpendicular of 3", 3, 6, MEMORY),
+            ("train_difference", "train difference of 3", 3, 6, MEMORY),
+            ("add_cosine_a", "add_cosine_a of 2", 2, 6, MEMORY),
+            ("add_cosine_b", "add_cosine_b of 2", 2, 6, MEMORY),
+        )
+    ),
+    *(
+        Case(f"matrices_{name}", f"{title}, {MATRICES}", "matrices", 2, name, faster=1.5, memory=MATRIX_MEMORY)
+        for name, title in (
+            ("rotate", "rotate of 2, alignment 1"),
+            ("rotate_half", "rotate of 2, alignment 0.5"),
+            ("truncate_rank", "truncate_rank of a difference to rank 8"),
+        )
+    ),
+    Case(
+        "embedding_ties",
+        "base + ties_sum of 4 differences, k=0.2, one tensor of 128256 x 8192 in bf16",
+        "embedding",
+        5,
+        "add_difference_ties",
+        old=False,
+        memory=256_000_000,
+    ),
+    Case(
+        "nested",
+        "12 methods nested, over 20 files of SD1.5 attention",
+        "attention",
+        20,
+        "nested",
+        old=False,
+        memory=128_000_000,
+    ),
+    Case(
+        "lora",
+        "a LoRA of rank 64 applied to SDXL, cold",
+        "sdxl",
+        1,
+        "lora",
+        old=False,
+        cold=True,
+        floor=1.6,
+        memory=ADAPTER_MEMORY,
+        adapters="lora",
+        adapter_count=1,
+    ),
+    Case(
+        "loras",
+        "20 LoRAs of rank 8 applied to SDXL, cold",
+        "sdxl",
+        1,
+        "lora",
+        old=False,
+        cold=True,
+        memory=ADAPTER_MEMORY,
+        adapters="loras",
+        adapter_count=20,
+    ),
 )
 
 IMPORT = "import"
 """`import sd_mecha` against `import torch`."""
+
+INFERENCE = "inference"
+"""Which config a header of SDXL has."""
 
 RECIPES = {
     "chain": "chain of 100,000 merges",
@@ -140,4 +219,4 @@ RECIPES = {
     "average_in_memory": "n_average over 10,000 models in memory",
 }
 
-NAMES = (*(case.name for case in CASES), IMPORT, *RECIPES)
+NAMES = (*(case.name for case in CASES), IMPORT, INFERENCE, *RECIPES)

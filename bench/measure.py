@@ -45,6 +45,8 @@ class Bench:
     def merge_case(self, case: Case) -> Row:
         """Times in seconds and memory in bytes, one entry a run."""
         inputs = SETS[case.files].make(self.work, case.count, self.quick)
+        if case.adapters:
+            inputs += SETS[case.adapters].make(self.work, case.adapter_count, self.quick)
         prepare = evict if case.cold else warm
         output = self.work / "output.safetensors"
         pythons = {"new": Path(sys.executable)}
@@ -84,6 +86,11 @@ class Bench:
             for name, code in codes.items():
                 row[name].append(run([sys.executable, "-c", code], log=self.log).wall)
         return row
+
+    def inference(self) -> Row:
+        """Seconds to find the config of a header: in a fresh process, and later in the same one."""
+        answers = [run([sys.executable, CHILDREN / "inference.py"], log=self.log).answer for _ in range(self.repeats)]
+        return {name: [answer[name] for answer in answers] for name in answers[0]}
 
     def recipe(self, kind: str) -> Row:
         """Seconds to build, print, save, load and plan a large recipe, and its peak memory."""

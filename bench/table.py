@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cases import CASES, IMPORT, RECIPES, Case
+from bench.cases import CASES, IMPORT, INFERENCE, RECIPES, Case
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NONE = "-"
@@ -34,6 +34,13 @@ def render(results: Mapping[str, Any]) -> str:
         parts.append(
             f"`import sd_mecha` and what a merge needs adds {ours - torch:.2f} s to the {torch:.2f} s of "
             f"`import torch`{_verdict(ours - torch <= 0.25, '<= 0.25 s')}."
+        )
+    if INFERENCE in results:
+        first, later = (median(results[INFERENCE][name]) for name in ("first", "later"))
+        parts.append(
+            f"Finding the config of a header of {median(results[INFERENCE]['keys']):.0f} keys takes {_seconds(later)}"
+            f"{_verdict(later <= 0.03, '<= 30 ms')}, the first time in a process {_seconds(first)}, "
+            "which includes building the configs that it may be."
         )
     recipes = [recipe_row(title, results[kind]) for kind, title in RECIPES.items() if kind in results]
     if recipes:

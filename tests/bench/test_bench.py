@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from bench.cases import CASES, NAMES, Case
-from bench.files import SETS, FileSet, cut, write_model
+from bench.files import SETS, FileSet, Shape, cut, sd15, sdxl, write_model
 from bench.floor import floor
 from bench.process import ChildError, run
-from bench.shapes import Shape, sd15, sdxl
 from bench.table import BEGIN, END, merge_row, render, write_into
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="samples /proc")

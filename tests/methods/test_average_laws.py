@@ -36,37 +36,12 @@ def test_filter_wise_model_stock_is_model_stock_of_each_row(deltas: list[torch.T
         assert_close(got, np.reshape(expected, got.shape))
 
 
-@law
-@given(delta=tensors(1), options=OPTIONS)
-def test_copies_are_their_own_model_stock(delta: list[torch.Tensor], options: dict[str, object]) -> None:
-    assert_same_bits(merged("model_stock", delta, "delta", **options), delta[0])
-    if bool((delta[0].flatten(1) if delta[0].dim() > 1 else delta[0].reshape(1, -1)).any(1).all()):
-        assert_close(merged("model_stock", delta * 4, "delta", **options), delta[0], 1e-12)
-
-
-@law
-@given(deltas=tensors(3), filter_wise=st.booleans())
-def test_the_order_of_deltas_matters_to_adjacent_pairs_only(deltas: list[torch.Tensor], filter_wise: bool) -> None:
-    turned = [deltas[2], deltas[0], deltas[1]]
-    got = merged("model_stock", deltas, "delta", filter_wise=filter_wise)
-    assert_close(merged("model_stock", turned, "delta", filter_wise=filter_wise), got)
-
-
 def test_adjacent_pairs_are_neighbours() -> None:
     a, b = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
     mean = (a + a + b) / 3
     assert_close(merged("model_stock", [a, a, b], "delta", pairs="adjacent"), mean * 3 * 0.5 / 2)
     assert_close(merged("model_stock", [a, b, a], "delta", pairs="adjacent"), mean * 0)
     assert_close(merged("model_stock", [a, b, a], "delta"), mean * 3 * (1 / 3) / (1 + 2 / 3))
-
-
-@law
-@given(deltas=tensors(3), factor=st.sampled_from([-1.0, 2.0, 0.5, -3.0]), options=OPTIONS)
-def test_model_stock_scales_with_its_deltas(
-    deltas: list[torch.Tensor], factor: float, options: dict[str, object]
-) -> None:
-    scaled = merged("model_stock", [d * factor for d in deltas], "delta", **options, cos_eps=1e-300)
-    assert_close(scaled, merged("model_stock", deltas, "delta", **options, cos_eps=1e-300) * factor)
 
 
 @law
@@ -105,35 +80,12 @@ def test_n_model_stock_adds_what_model_stock_makes_of_the_differences(models: li
     assert_close(merged("n_model_stock", [base, base, base]), base)
 
 
-def test_n_model_stock_moves_with_its_base() -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, a, b, shift = (torch.randn(8, 9, dtype=torch.float64, generator=generator) for _ in range(4))
-    moved = merged("n_model_stock", [base + shift, a + shift, b + shift], filter_wise=True)
-    assert_close(moved, merged("n_model_stock", [base, a, b], filter_wise=True) + shift, 1e-12)
-
-
 @law
 @given(models=tensors(3), maxiter=st.sampled_from([0, 1, 7, 100]))
 def test_geometric_median(models: list[torch.Tensor], maxiter: int) -> None:
     got = merged("geometric_median", models, maxiter=maxiter)
     expected = reference.geometric_median(np.stack([m.numpy() for m in models]), 1e-6, maxiter, 1e-20)
     assert_close(got, expected, 1e-6)
-
-
-@law
-@given(models=tensors(3), shift=st.floats(-100, 100))
-def test_the_geometric_median_follows_its_models(models: list[torch.Tensor], shift: float) -> None:
-    got = merged("geometric_median", models)
-    assert_close(merged("geometric_median", [models[2], models[0], models[1]]), got, 1e-5)
-    assert_close(merged("geometric_median", [m + shift for m in models]), got + shift, 1e-5)
-    assert_close(merged("geometric_median", [-m for m in models]), -got, 1e-5)
-
-
-@law
-@given(model=tensors(1))
-def test_copies_are_their_own_geometric_median(model: list[torch.Tensor]) -> None:
-    assert_same_bits(merged("geometric_median", model), model[0])
-    assert torch.equal(merged("geometric_median", model * 5), model[0])
 
 
 def test_half_minus_one_outliers_do_not_move_the_geometric_median_far() -> None:
@@ -154,32 +106,3 @@ def test_the_geometric_median_of_close_models_is_found_in_single_precision() -> 
     expected = reference.geometric_median(np.stack([t.double().numpy() for t in tuned]), 1e-6, 100, 1e-20)
     error = np.linalg.norm(got.double().numpy() - expected)
     assert error < 1e-3 * np.linalg.norm(expected - base.double().numpy())
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("geometric_median", {"eps": 0.0}, "geometric_median: eps is 0.0; expected a number above 0"),
-        ("geometric_median", {"maxiter": -1}, "geometric_median: maxiter is -1; expected a number at least 0"),
-        ("geometric_median", {"ftol": float("nan")}, "geometric_median: ftol is nan; expected a number at least 0"),
-        ("model_stock", {"cos_eps": -1.0}, "model_stock: cos_eps is -1.0; expected a number above 0"),
-        ("model_stock", {"pairs": "some"}, "model_stock: pairs is 'some'; expected 'all' or 'adjacent'"),
-        ("ties_sum_extended", {"k": -0.5}, "ties_sum_extended: k is -0.5; expected a number at least 0"),
-        ("ties_sum_extended", {"eps": 0.0}, "ties_sum_extended: eps is 0.0; expected a number above 0"),
-    ],
-)
-def test_parameters_out_of_range_are_refused_while_planning(
-    method: str, options: dict[str, object], message: str
-) -> None:
-    nodes = [sd_mecha.model({"w": torch.ones(2)}, merge_space="delta") for _ in range(2)]
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        sd_mecha.plan(getattr(sd_mecha, method)(*nodes, **options), strict_merge_space=None)
-
-
-@pytest.mark.parametrize("method", ["model_stock", "geometric_median"])
-def test_no_model_is_refused(method: str) -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        merged(method, [], "delta")
-    base = sd_mecha.model({"w": torch.ones(2)})
-    with pytest.raises(ValueError, match="model_stock: got no delta; expected at least one"):
-        sd_mecha.plan(sd_mecha.n_model_stock(base))

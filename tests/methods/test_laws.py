@@ -17,14 +17,6 @@ from tests.methods.laws import SHARES, assert_close, assert_same_bits, merged, v
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
-@given(tensors=vectors(2))
-def test_the_ends_of_an_interpolation_are_its_inputs(method: str, tensors: list[torch.Tensor]) -> None:
-    a, b = tensors
-    assert_same_bits(merged(method, [a, b], alpha=0), a)
-    assert_same_bits(merged(method, [a, b], alpha=1.0), b)
-
-
-@pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
 @given(tensors=vectors(2), alpha=st.floats(-1, 2))
 def test_an_interpolation_runs_backwards(method: str, tensors: list[torch.Tensor], alpha: float) -> None:
     a, b = tensors
@@ -57,6 +49,11 @@ def test_slerp_keeps_the_length_between_those_of_its_inputs(tensors: list[torch.
         reference.slerp(*map(np.asarray, (a, b)), alpha),
         1e-5,
     )
+
+
+def test_slerp_of_almost_opposite_vectors_is_exact_in_double_precision() -> None:
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in ([195.0, 1.0], [-1.0, 0.0]))
+    assert_close(merged("slerp", [a, b]), reference.slerp(a.numpy(), b.numpy(), 0.5), 1e-10)
 
 
 @pytest.mark.parametrize("factor", [-1.0, -3.0, 0.0, 2.5])
@@ -172,23 +169,6 @@ def test_apply_median_ignores_an_outlier() -> None:
     deltas = [torch.full((3,), v, dtype=torch.float64) for v in (1.0, 1.0, 100.0)]
     got = merged("ties_sum_extended", deltas, "delta", k=1.0, apply_median=True)
     assert_close(got, np.ones(3), 1e-3)
-
-
-@pytest.mark.parametrize("method", ["n_average", "ties_sum", "ties_sum_extended"])
-def test_no_model_is_refused(method: str) -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        merged(method, [], "delta")
-
-
-@pytest.mark.parametrize("k", [-0.1, -1.0])
-def test_a_negative_share_is_refused(k: float) -> None:
-    with pytest.raises(ValueError, match=f"ties_sum: k is {k}; expected a number at least 0"):
-        merged("ties_sum", [torch.ones(3)], "delta", k=k)
-
-
-def test_clamp_without_bounds_is_refused() -> None:
-    with pytest.raises((ValueError, RuntimeError), match="bound"):
-        merged("clamp", [torch.ones(3)])
 
 
 def test_clamp_to_ab_needs_two_of_a_kind() -> None:

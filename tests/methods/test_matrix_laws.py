@@ -14,7 +14,6 @@ import sd_mecha
 from sd_mecha.builtin.methods.kronecker import factor_shape
 from sd_mecha.builtin.methods.orthogonal import Alignment, fractional_orthogonal_matrix_power, procrustes
 from sd_mecha.builtin.methods.stiefel import stiefel_interpolate
-from sd_mecha.errors import ParameterError
 from sd_mecha.extensions import merge_methods
 from sd_mecha.testing import check_merge_method
 from tests.methods import reference_matrices
@@ -280,26 +279,3 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_stay_and_runs_agree(method: str) -> None:
     check_merge_method(merge_methods.resolve(method), examples=METHODS[method], dtypes=(torch.float32, torch.bfloat16))
-
-
-@pytest.mark.parametrize("method", ["truncate_rank", "truncate_kronecker", "rotate"])
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 3), (3, 0), (6, 4, 3, 3), (2, 3, 4, 5, 6)])
-def test_every_shape_keeps_its_shape(method: str, shape: tuple[int, ...]) -> None:
-    tensors = [random(*shape, seed=i) for i in range(2 if method == "rotate" else 1)]
-    got = merged(method, *tensors)
-    assert got.shape == shape
-    assert bool(torch.isfinite(got).all())
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("truncate_rank", {"approximate_basis_iters": -1}, r"truncate_rank: approximate_basis_iters is -1"),
-        ("truncate_kronecker", {"kronecker_ratio": 1.5}, r"kronecker_ratio is 1\.5; expected a number in \[0, 1\]"),
-        ("get_rank_from_ratio", {"ratio": float("nan")}, r"get_rank_from_ratio: ratio is nan"),
-    ],
-)
-def test_values_out_of_range_are_named(method: str, options: dict[str, Any], message: str) -> None:
-    node = merge_methods.resolve(method)(sd_mecha.model({"w": random(4, 4)}, merge_space="delta"), **options)
-    with pytest.raises(ParameterError, match=message):
-        sd_mecha.merge(node, strict_merge_space=None)

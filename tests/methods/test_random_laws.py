@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import sd_mecha
 from sd_mecha.builtin.methods.random_bits import SEGMENT, uniform
-from sd_mecha.errors import ParameterError
 from sd_mecha.extensions import merge_methods
 from sd_mecha.testing import check_merge_method
 
@@ -153,27 +152,6 @@ def test_a_seed_is_drawn_when_a_node_is_made_and_stands_in_the_recipe() -> None:
 def test_every_integer_is_a_seed(seed: int) -> None:
     kept = float((merged("dropout", [{"w": ONES}], seed=seed, probability=0.5)["w"] != 0).double().mean())
     assert abs(kept - 0.5) < 5 * math.sqrt(0.25 / N)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("dropout", {"probability": 1.5}, r"dropout: probability is 1\.5; expected a number in \[0, 1\]"),
-        ("dropout", {"probability": float("nan")}, r"dropout: probability is nan"),
-        ("dropout", {"overlap_emphasis": -1.0}, r"dropout: overlap_emphasis is -1\.0"),
-        ("ties_sum_with_dropout", {"probability": -0.5}, r"ties_sum_with_dropout: probability is -0\.5"),
-        ("ties_sum_with_dropout", {"k": -1.0}, r"ties_sum_with_dropout: k is -1\.0"),
-    ],
-)
-def test_values_out_of_range_are_named(method: str, options: dict[str, float], message: str) -> None:
-    with pytest.raises(ParameterError, match=message):
-        merged(method, [{"w": ONES}], **options)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_no_delta_is_refused(method: str) -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        merged(method, [])
 
 
 def test_random_numbers_are_uniform_and_independent_across_streams() -> None:

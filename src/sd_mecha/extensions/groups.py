@@ -4,16 +4,17 @@ The columns of a tensor are what is left of it without its first dimension: a ma
 groups of p elements. Its rows are the slices along the first dimension. Each answer is a vector, one number for each
 group, so memory grows with the number of groups and not with the tensor.
 
-Answers do not depend on how the tensor was cut. Maxima commute, and sums are taken over integers: each tensor is
-divided, group by group, by a power of two at or above its largest element, and products are rounded to multiples of
-one unit that is small enough to keep their precision and large enough not to overflow.
+Answers do not depend on how the tensor was cut. Maxima commute. Sums are taken over leaves, ranges of elements that
+follow from the shape alone, in float32 where the tensors have no more and its range is enough: a leaf that a tile
+begins or ends in is kept until it is complete. Leaves are added up in float64 along a binary tree, each pair as soon
+as both are there, so few sums wait at any time.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +23,14 @@ from torch import Tensor
 
 from sd_mecha.extensions.reductions import Reduction, State
 
-SMALLEST = 1e-290
-"""Magnitudes up to here count as zero: the power of two above them has no reciprocal."""
+LEAF = (1 << 15) - 1
+"""Elements in a leaf at most: few enough for the caches, and too few for torch to share a sum among threads."""
+
+LEAF_ELSEWHERE = 1 << 20
+"""The same on devices where each operation takes long to begin."""
+
+EXACT_FROM, EXACT_TO = 1e-25, 1e35
+"""Sums of squares between which float32 neither overflows nor loses digits to small numbers."""
 
 
 class Piece(NamedTuple):
@@ -93,19 +100,23 @@ class GroupMax(Reduction):
 class GroupGram(Reduction):
     """Inner products within each group, as a float64 matrix: a row for each pair of tensors, a column for each group.
 
-    Pairs are ordered (0, 0), (0, 1), ..., (1, 1), (1, 2), ...
+    Pairs are ordered (0, 0), (0, 1), ..., (1, 1), (1, 2), ... A group whose products leave the range of float64, or
+    that holds inf or NaN, gets NaN.
 
     Args:
         tensors: the tiles.
-        bounds: what `GroupMax` answered for each of them.
         groups: the groups.
+        then: what to make of the matrix, once instead of for each tile: a number for each group, which is the answer.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], bounds: Sequence[Tensor], groups: Groups) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], groups: Groups, then: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.tensors = tensors
         self.groups = groups
-        self.bounds = bounds
-        self.answer_shape = (len(tensors) * (len(tensors) + 1) // 2, groups.count)
+        self.then = then
+        self.pairs = len(tensors) * (len(tensors) + 1) // 2
+        self.answer_shape = (self.pairs, groups.count) if then is None else (groups.count,)
 
     def state(self, numel: int) -> State:
         return _GramState(self)
@@ -128,32 +139,114 @@ class _MaxState(State):
         return self.largest
 
 
+class _Leaf(NamedTuple):
+    """Elements that are summed at once: whole rows of the matrix that the tensor folds to, or a part of one row."""
+
+    start: int
+    stop: int
+    shape: tuple[int, int]
+    groups: slice
+    lane: int  # leaves of one lane are added up
+    place: int  # in the lane
+    places: int  # how many leaves the lane has
+
+
+class _Leaves:
+    """How a tensor is cut into leaves."""
+
+    def __init__(self, groups: Groups, most: int) -> None:
+        self.interleaved = groups.interleaved
+        self.rows, self.columns = (groups.size, groups.count) if self.interleaved else (groups.count, groups.size)
+        self.height = max(most // max(self.columns, 1), 1)
+        self.width = min(self.columns, most)
+
+    def at(self, element: int) -> _Leaf:
+        """The leaf that an element belongs to."""
+        row, column = divmod(element, self.columns)
+        across, down = column // self.width, row // self.height
+        top, left = down * self.height, across * self.width
+        bottom, right = min(top + self.height, self.rows), min(left + self.width, self.columns)
+        start, shape = top * self.columns + left, (bottom - top, right - left)
+        if self.interleaved:
+            groups, place = slice(left, right), (across, down, -(-self.rows // self.height))
+        else:
+            groups, place = slice(top, bottom), (down, across, -(-self.columns // self.width))
+        return _Leaf(start, start + math.prod(shape), shape, groups, *place)
+
+
 class _GramState(State):
     def __init__(self, reduction: GroupGram) -> None:
-        bounds = torch.stack(tuple(reduction.bounds))
-        # exactly the power of two that frexp splits off: pow and ldexp round, or leave the range of float32
-        self.powers = torch.where(bounds > SMALLEST, bounds / torch.frexp(bounds).mantissa, 1.0)
-        self.finite = torch.isfinite(bounds).all(0)
-        self.unit = 2.0 ** (math.ceil(math.log2(max(reduction.groups.size, 1))) - 62)
-        self.sums = torch.zeros(reduction.answer_shape, dtype=torch.int64, device=bounds.device)
+        device = reduction.tensors[0].device
+        self.leaves = _Leaves(reduction.groups, LEAF if device.type == "cpu" else LEAF_ELSEWHERE)
+        self.then = reduction.then
+        self.answer = torch.zeros((reduction.pairs, reduction.groups.count), dtype=torch.float64, device=device)
+        n = len(reduction.tensors)
+        self.squares = [i * n - i * (i - 1) // 2 for i in range(n)]  # rows of the products of a tensor with itself
+        self.parts: dict[int, tuple[list[Tensor], int]] = {}  # by start of the leaf: what is there of it, and how much
+        self.waiting: dict[tuple[int, int, int], Tensor] = {}  # by lane, level and index: sums without their neighbour
         self.lock = threading.Lock()
 
     def add(self, reduction: GroupGram, start: int) -> None:
-        groups, length = reduction.groups, reduction.tensors[0].numel()
-        scaled = [
-            x.reshape(-1).to(torch.float64) / groups.spread(power, start, length)
-            for x, power in zip(reduction.tensors, self.powers, strict=True)
-        ]
-        products = (x * y for i, x in enumerate(scaled) for y in scaled[i:])
-        for pair, product in enumerate(products):
-            units = product.div_(self.unit).round_().to(torch.int64)
-            for piece in groups.pieces(start, length):
-                found = units[piece.start : piece.stop].view(piece.shape).sum(piece.dim)
-                with self.lock:
-                    self.sums[pair, piece.groups] += found
+        tiles = [x.reshape(-1) for x in reduction.tensors]
+        at, stop = start, start + tiles[0].numel()
+        while at < stop:
+            leaf = self.leaves.at(at)
+            end = min(leaf.stop, stop)
+            parts = [x[at - start : end - start] for x in tiles]
+            entire = parts if end - at == leaf.stop - leaf.start else self._completed(leaf, at, parts)
+            if entire is not None:
+                self._join(leaf, self._products(leaf, entire))
+            at = end
+
+    def _completed(self, leaf: _Leaf, start: int, parts: list[Tensor]) -> list[Tensor] | None:
+        """Keep parts of a leaf; the entire leaf once nothing is missing."""
+        with self.lock:
+            numel, length = leaf.stop - leaf.start, parts[0].numel()
+            kept, known = self.parts.pop(leaf.start, ([], 0))
+            kept = kept or [part.new_empty(numel) for part in parts]
+            for whole, part in zip(kept, parts, strict=True):
+                whole[start - leaf.start : start - leaf.start + length] = part
+            self._settle()
+            if known + length == numel:
+                return kept
+            self.parts[leaf.start] = kept, known + length
+        return None
+
+    def _products(self, leaf: _Leaf, tensors: list[Tensor]) -> Tensor:
+        """The inner products within a leaf: a row for each pair, a column for each of its groups."""
+        folded = [x.view(leaf.shape) for x in tensors]
+        if self.answer.is_cpu and all(x.dtype != torch.float64 for x in folded):
+            products = self._sums([x.float() for x in folded])
+            smallest, largest = torch.aminmax(products[self.squares])
+            if float(smallest) > EXACT_FROM and float(largest) < EXACT_TO:
+                return products.double()
+        return self._sums([x.double() for x in folded])
+
+    def _sums(self, folded: list[Tensor]) -> Tensor:
+        dim = 0 if self.leaves.interleaved else 1
+        return torch.stack([(x * y).sum(dim) for i, x in enumerate(folded) for y in folded[i:]])
+
+    def _join(self, leaf: _Leaf, sums: Tensor) -> None:
+        """Add the sums of a leaf to those that wait for them."""
+        with self.lock:
+            level, index, count = 0, leaf.place, leaf.places
+            while count > 1:
+                if index ^ 1 < count:  # else there is no neighbour
+                    other = self.waiting.pop((leaf.lane, level, index ^ 1), None)
+                    if other is None:
+                        self.waiting[leaf.lane, level, index] = sums
+                        break
+                    sums = sums + other
+                level, index, count = level + 1, index // 2, -(-count // 2)
+            else:
+                self.answer[:, leaf.groups] = sums
+            self._settle()
+
+    def _settle(self) -> None:
+        """Finish what was begun on tensors that several workers use: each of them has a stream of its own."""
+        if self.answer.is_cuda:
+            torch.cuda.current_stream(self.answer.device).synchronize()
 
     def finish(self) -> Tensor:
-        n = len(self.powers)
-        scale = torch.stack([self.powers[i] * self.powers[j] for i in range(n) for j in range(i, n)])
-        answer = self.sums.to(torch.float64) * self.unit * scale
-        return torch.where(self.finite, answer, torch.nan)
+        products = torch.where(torch.isfinite(self.answer), self.answer, torch.nan)
+        return products if self.then is None else self.then(products)

@@ -30,12 +30,12 @@ class MagnitudeRanks(Reduction):
 
 def rank_of(x: Tensor, table: Tensor) -> Tensor:
     """The rank of each element: the share of the tensor that is smaller, and half of what is equal; float32, 0 to 1."""
-    return table.to(torch.float32)[_bin(x)]
+    return table.to(torch.float32).index_select(0, _bin(x).reshape(-1)).view(x.shape)
 
 
 def _bin(x: Tensor) -> Tensor:
     """The upper half of the float32 pattern without its sign, which orders as magnitudes do."""
-    return x.to(torch.float32).abs().view(torch.int32) >> 16
+    return x.to(torch.float32).abs().view(torch.int32).bitwise_right_shift_(16)
 
 
 class _RankState(State):
@@ -49,5 +49,5 @@ class _RankState(State):
             self.counts += counts
 
     def finish(self) -> Tensor:
-        up_to = self.counts.cumsum(0)
+        up_to = self.counts.cumsum(0).double()
         return (up_to - self.counts / 2) / up_to[-1:].clamp(min=1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from sd_mecha.builtin.methods import (
+    adapters,
+    attention_balance,
+    block_weights,
     bounds,
     casting,
     cosine,
@@ -14,6 +17,7 @@ from sd_mecha.builtin.methods import (
     linear,
     masks,
     median,
+    permutations,
     regions,
     rotation,
     select,
@@ -24,6 +28,9 @@ from sd_mecha.builtin.methods import (
 )
 
 __all__ = [
+    "adapters",
+    "attention_balance",
+    "block_weights",
     "bounds",
     "casting",
     "cosine",
@@ -35,6 +42,7 @@ __all__ = [
     "linear",
     "masks",
     "median",
+    "permutations",
     "regions",
     "rotation",
     "select",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import check_some, promoted
+from sd_mecha.builtin.methods.common import check_finite, check_some, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 
@@ -35,6 +35,7 @@ def clamp(
     tensor([0.0000, 0.5000, 1.0000])
     """
     check_some("clamp", bounds, "bound")
+    check_finite("clamp", "stiffness", stiffness)
     a, *limits = promoted(a, *bounds)
     low = high = limits[0]
     for limit in limits[1:]:

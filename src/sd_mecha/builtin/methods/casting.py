@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from sd_mecha.errors import OptionError, ParameterError
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.merge_spaces import MergeSpaceSymbol
 from sd_mecha.storage.dtypes import dtype_name, parse_dtype
@@ -33,7 +35,21 @@ def cast(
     >>> cast.__wrapped__(torch.tensor([1.5, -2.7]), dtype="int8")
     tensor([ 1, -2], dtype=torch.int8)
     """
-    return a.to(device=device, dtype=parse_dtype(dtype))
+    return a.to(device=_device_named(device), dtype=_dtype_named(dtype))
+
+
+def _device_named(name: str | None) -> torch.device | None:
+    try:
+        return None if name is None else torch.device(name)
+    except RuntimeError:
+        raise ParameterError(f"cast: device is {name!r}; expected a device such as 'cpu' or 'cuda:0'") from None
+
+
+def _dtype_named(name: str | None) -> torch.dtype | None:
+    try:
+        return parse_dtype(name)
+    except OptionError as error:
+        raise ParameterError(f"cast: dtype: {error}") from None
 
 
 @merge_method(tiling="shape", reuse_outputs=False)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sd_mecha.errors import ParameterError
+from sd_mecha.errors import ParameterError, ShapeError
 from sd_mecha.extensions.tile import Tile
 
 
@@ -31,6 +31,18 @@ def known_number(value: Tensor) -> float | None:
     if value.dim() == 0 and value.device.type == "cpu":
         return float(value)
     return None
+
+
+def finite_number(method: str, name: str, value: Tensor) -> float | None:
+    """`known_number` of a parameter of a method, refused where it is not finite.
+
+    Raises:
+        ParameterError: it is inf or NaN; the message names method, parameter and value.
+    """
+    number = known_number(value)
+    if number is not None:
+        check_finite(method, name, number)
+    return number
 
 
 def keep_ends(weight: Tensor, at_zero: Tensor, at_one: Tensor, between: Tensor) -> Tensor:
@@ -71,6 +83,16 @@ def check_range(method: str, name: str, value: float, low: float, high: float = 
         raise ParameterError(f"{method}: {name} is {value!r}; expected a number {allowed}")
 
 
+def check_finite(method: str, name: str, value: float) -> None:
+    """Refuse inf and NaN as a parameter.
+
+    Raises:
+        ParameterError: it is one of them; the message names method, parameter and value.
+    """
+    if not math.isfinite(value):
+        raise ParameterError(f"{method}: {name} is {value!r}; expected a finite number")
+
+
 def check_positive(method: str, name: str, value: float) -> None:
     """Refuse a parameter that is not above 0.
 
@@ -99,3 +121,14 @@ def check_some(method: str, inputs: Sequence[object], what: str = "model") -> No
     """
     if not inputs:
         raise ParameterError(f"{method}: got no {what}; expected at least one")
+
+
+def check_one_shape(method: str, *tensors: Tensor) -> None:
+    """Refuse tensors that differ in shape, which would be broadcast: for methods that see entire tensors.
+
+    Raises:
+        ShapeError: two differ; the message names method and shapes.
+    """
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ShapeError(f"{method}: the shapes {' and '.join(map(str, shapes))} differ; it takes tensors of one shape")

@@ -6,14 +6,13 @@ cosine is known once the whole tensor was seen, so both methods are streamed; a 
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import keep_ends, promoted, quotient, shape_of
-from sd_mecha.extensions.groups import GroupGram, GroupMax, Groups
+from sd_mecha.builtin.methods.common import finite_number, keep_ends, promoted, quotient, shape_of
+from sd_mecha.extensions.groups import GroupGram, Groups
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.reductions import Dot
 from sd_mecha.extensions.tile import Tile
@@ -38,7 +37,7 @@ def add_cosine_a(
             the cosines it moves towards `a`.
 
     Use when: what `b` does differently should be taken over, and what it shares with `a` left alone.
-    Cost: three passes (the largest of each column, inner products of each column, then elementwise).
+    Cost: two passes (inner products of each column, then elementwise).
     Source: "cosine A" of the image-model merging community.
 
     >>> import sd_mecha
@@ -48,10 +47,11 @@ def add_cosine_a(
     tensor([[1., 0.],
             [1., 5.]])
     """
+    finite_number("add_cosine_a", "alpha", alpha)
     a, b = promoted(a, b)
     columns = Groups.columns(shape_of(a, kwargs["tile"]))
-    cosines = yield from _cosines(a, b, columns)
-    return _blend(a, b, cosines, columns, kwargs["tile"], alpha)
+    similarity = _signs(a, b) if columns.size <= 1 else (yield GroupGram((a, b), columns, _cosines))
+    return _blend(a, b, similarity, columns, kwargs["tile"], alpha)
 
 
 @merge_method(tiling="elementwise")
@@ -72,7 +72,7 @@ def add_cosine_b(
         alpha: usually in [0, 1]: the similarity up to which `b` alone counts. At 1 and above the result is `b`.
 
     Use when: as `add_cosine_a`, but single columns should not decide alone.
-    Cost: three passes (the largest of each column, inner products of each column, then elementwise).
+    Cost: two passes (inner products of each column, then elementwise).
     Source: "cosine B" of the image-model merging community.
 
     >>> import sd_mecha
@@ -82,32 +82,55 @@ def add_cosine_b(
     tensor([[1.1840, 0.6840],
             [0.0000, 0.3160]])
     """
+    finite_number("add_cosine_b", "alpha", alpha)
     a, b = promoted(a, b)
     columns = Groups.columns(shape_of(a, kwargs["tile"]))
-    aa, bb, ab = yield Dot(a, a), Dot(b, b), Dot(a, b)
-    cosines = yield from _cosines(a, b, columns)
-    overall = torch.clamp(quotient(ab, torch.sqrt(aa) * torch.sqrt(bb)), -1.0, 1.0)
-    result = _blend(a, b, (cosines + overall) / 2, columns, kwargs["tile"], alpha)
-    return torch.where((aa == 0) | (bb == 0), a, result)
+    if columns.size <= 1:  # a column is an element, so there are as many answers as elements: only their sums are kept
+        products = yield Dot(a, a), Dot(a, b), Dot(b, b)
+        similarity = _with_overall(_signs(a, b), torch.stack(products))
+    else:
+        similarity = yield GroupGram((a, b), columns, lambda p: _with_overall(_cosines(p), p.sum(1)))
+    return _blend(a, b, similarity, columns, kwargs["tile"], alpha)
 
 
-def _cosines(a: Tensor, b: Tensor, columns: Groups) -> Generator[Any, Any, Tensor]:
-    """The cosine of each column; of each element of the tile where a column is one element."""
-    if columns.size <= 1:
-        return torch.sign(a).mul_(torch.sign(b)).reshape(-1).to(torch.float64)
-    bounds = yield GroupMax(a, columns), GroupMax(b, columns)
-    aa, ab, bb = (yield GroupGram((a, b), bounds, columns)).unbind()
+def _signs(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of each element of the tile, taken for a column."""
+    return torch.sign(a).mul_(torch.sign(b)).reshape(-1).to(torch.float64)
+
+
+def _cosines(products: Tensor) -> Tensor:
+    """What follows from the inner products of `a` with itself, with `b`, and of `b` with itself."""
+    aa, ab, bb = products.unbind()
     return torch.clamp(quotient(ab, torch.sqrt(aa) * torch.sqrt(bb)), -1.0, 1.0)
+
+
+def _with_overall(cosines: Tensor, products: Tensor) -> Tensor:
+    """The mean of cosines and that of the whole tensors; beyond any limit where one of the tensors is zero."""
+    nothing = (products[0] == 0) | (products[2] == 0)
+    return torch.where(nothing, torch.inf, (cosines + _cosines(products)) / 2)
 
 
 def _blend(a: Tensor, b: Tensor, similarity: Tensor, columns: Groups, tile: Tile, alpha: Tensor) -> Tensor:
     """The weighted sum of a tile, given the similarity of each of its columns."""
     single, limit = columns.size <= 1, alpha.to(similarity)
-    if alpha.dim() == 0:  # the weights are as many as the columns, and spread over the elements as such
-        weight = (1 - torch.clamp(similarity - limit, 0, 1)).to(a.dtype)
-        weight = weight if single else columns.spread(weight, tile.start, a.numel())
-        weight = weight.view(a.shape)
-    else:
+    if alpha.dim() > 0:
         spread = similarity if single else columns.spread(similarity, tile.start, a.numel())
-        weight = (1 - torch.clamp(spread.view(a.shape) - limit, 0, 1)).to(a.dtype)
+        return _mixed(a, b, (1 - torch.clamp(spread.view(a.shape) - limit, 0, 1)).to(a.dtype))
+    weight = (1 - torch.clamp(similarity - limit, 0, 1)).to(a.dtype)
+    if single:
+        return _mixed(a, b, weight.view(a.shape))
+    # as many weights as columns: they are read again for each row
+    result = torch.empty_like(a, memory_format=torch.contiguous_format)
+    flat = a.reshape(-1), b.reshape(-1), result.view(-1)
+    plain = weight.is_cpu and not bool(((weight == 0) | (weight == 1)).any())  # lerp alone is right
+    for piece in columns.pieces(tile.start, a.numel()):
+        x, y, out = (part[piece.start : piece.stop].view(piece.shape) for part in flat)
+        torch.lerp(x, y, weight[piece.groups], out=out)
+        if not plain:
+            out.copy_(keep_ends(weight[piece.groups], x, y, out))
+    return result
+
+
+def _mixed(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum, bit for bit one of the two where the weight is 0 or 1."""
     return keep_ends(weight, a, b, torch.lerp(a, b, weight))

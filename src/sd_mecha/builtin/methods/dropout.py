@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import check_range, check_some, known_number, promoted
-from sd_mecha.builtin.methods.random_bits import draw_seed, uniform
+from sd_mecha.builtin.methods.common import check_finite, check_range, check_some, known_number, promoted
+from sd_mecha.builtin.methods.random_bits import at_least, draw_seed, keep, uniform
 from sd_mecha.builtin.methods.ties import TiesOptions, entries_kept, merge_elected
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.ranks import MagnitudeRanks, rank_of
@@ -39,7 +39,7 @@ def dropout(
     Args:
         deltas: deltas of one base.
         probability: in [0, 1]; the share of entries that is left out.
-        rescale: 1 is unbiased; 0 does not enlarge what is kept.
+        rescale: any number, usually in [0, 1]: 1 is unbiased, 0 does not enlarge what is kept.
         overlap: 1, or any odd number: each delta is masked independently. 0, or any even number: an entry is
             drawn once for all deltas, and what is kept is kept of one of them. Between: a mixture of both.
         overlap_emphasis: in [0, 1]; the share of those common draws that keep the entry of all deltas instead
@@ -61,6 +61,8 @@ def dropout(
     check_some("dropout", deltas, "delta")
     check_range("dropout", "probability", probability, 0, 1)
     check_range("dropout", "overlap_emphasis", overlap_emphasis, 0, 1)
+    check_finite("dropout", "rescale", rescale)
+    check_finite("dropout", "overlap", overlap)
     deltas = promoted(*deltas)
     n, dtype = len(deltas), deltas[0].dtype
     own = 1 - abs(1 - overlap % 2) if n > 1 else 1.0
@@ -71,7 +73,7 @@ def dropout(
     total = torch.zeros_like(deltas[0], dtype=torch.promote_types(dtype, torch.float32))
     for position, delta in enumerate(deltas):
         mask = masks.of_one(position) if own == 1 else masks.of_several(position, n, own, overlap_emphasis)
-        total.add_(torch.where(mask, delta, 0.0))
+        total.add_(keep(delta, mask))
     return total.div_(n * share**rescale).to(dtype)
 
 
@@ -103,8 +105,8 @@ def ties_sum_with_dropout(
     Args:
         deltas: deltas of one base.
         probability: in [0, 1]; the share of entries that is left out. A number, a dict, or a param model.
-        della_eps: how much less likely large entries are left out than small ones; 0 is DARE. p is kept
-            within [0, 1].
+        della_eps: any number, usually in [0, 1]; how much less likely large entries are left out than small
+            ones; 0 is DARE. p is kept within [0, 1].
         rescale: divide what is left by `1 - p`, which is unbiased.
         k: in [0, 1]; the share of all entries that each delta keeps at most, after the random part is gone.
         vote_sgn, apply_stock, apply_median, cos_eps, eps, maxiter, ftol: see `ties_sum_extended`.
@@ -127,6 +129,7 @@ def ties_sum_with_dropout(
     if number is not None:
         check_range("ties_sum_with_dropout", "probability", number, 0, 1)
     check_range("ties_sum_with_dropout", "k", k, 0)
+    check_finite("ties_sum_with_dropout", "della_eps", della_eps)
     options = TiesOptions(vote_sgn, apply_stock, apply_median, cos_eps, eps, maxiter, ftol)
     options.check("ties_sum_with_dropout")
     deltas = promoted(*deltas)
@@ -136,22 +139,29 @@ def ties_sum_with_dropout(
         chances: list[float | Tensor] = [probability if number is None else number] * len(deltas)
         if della_eps != 0:
             tables = yield tuple(MagnitudeRanks(delta) for delta in deltas)
-            ranks = map(rank_of, deltas, tables)
-            chances = [((0.5 - r) * della_eps + p).clamp_(0, 1) for r, p in zip(ranks, chances, strict=True)]
+            chances = [_by_rank(*known, della_eps) for known in zip(deltas, tables, chances, strict=True)]
         if rescale:
             deltas = tuple(delta * _enlarged(p, delta) for delta, p in zip(deltas, chances, strict=True))
         kept = tuple(
-            torch.where(_Masks(seed, kwargs["key"], tile.start, delta, p).of_one(position), delta, 0.0)
+            keep(delta, _Masks(seed, kwargs["key"], tile.start, delta, p).of_one(position))
             for position, (delta, p) in enumerate(zip(deltas, chances, strict=True))
         )
     return (yield from merge_elected(kept, deltas, entries_kept(k, tile.numel), options))
+
+
+def _by_rank(delta: Tensor, table: Tensor, probability: float | Tensor, della_eps: float) -> Tensor:
+    """The probability of each entry to be left out, which falls with its rank."""
+    if isinstance(probability, Tensor):
+        return rank_of(delta, table).sub_(0.5).mul_(-della_eps).add_(probability).clamp_(0, 1)
+    # worked out for each rank that there is, of which there are less than entries
+    return rank_of(delta, table.sub(0.5).mul_(-della_eps).add_(probability).clamp_(0, 1))
 
 
 def _enlarged(probability: float | Tensor, like: Tensor) -> float | Tensor:
     """What makes up for leaving out entries with that probability; 0 where nothing is left."""
     if isinstance(probability, Tensor):
         left = 1 - probability.to(torch.promote_types(like.dtype, torch.float32))
-        return torch.where(left > 0, 1 / left, 0.0).to(like)
+        return left.reciprocal_().nan_to_num_(posinf=0.0).to(like)
     return 1 / (1 - probability) if probability < 1 else 0.0
 
 
@@ -169,11 +179,21 @@ class _Masks:
 
     def of_one(self, position: int) -> Tensor:
         """Drawn for one delta alone."""
-        return self._draw(position) >= self._probability
+        return self._survivors(position)
 
     def of_several(self, position: int, count: int, own: float, emphasis: float) -> Tensor:
         """Drawn for this delta alone for a share `own` of the entries, and for the rest in common with the others."""
         whose = self._draw(WHOSE).sub_(emphasis)
         chosen = (whose < 0) | ((whose * (count / max(1 - emphasis, 1e-9))).floor_() == position)
-        common = (self._draw(SURVIVES) >= self._probability) & chosen
+        common = self._survivors(SURVIVES) & _mask(chosen)
         return torch.where(self._draw(COMMON) < own, self.of_one(position), common)
+
+    def _survivors(self, stream: int) -> Tensor:
+        if isinstance(self._probability, Tensor):
+            # a comparison in place gives 1.0 and 0.0, without truth values
+            return self._draw(stream).ge_(self._probability).to(torch.int32).neg_()
+        return at_least(*self._where[:2], stream, self._where[2], self._like, self._probability)
+
+
+def _mask(chosen: Tensor) -> Tensor:
+    return chosen.to(torch.int32).neg_()

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import check_range, promoted
-from sd_mecha.errors import ParameterError
+from sd_mecha.builtin.methods.common import check_finite, check_one_shape, check_range, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 STEEPEST = 1e30
@@ -47,8 +46,8 @@ def crossover(
     tensor([ 2., -4.,  2.,  4.])
     """
     check_range("crossover", "alpha", alpha, 0, 1)
-    if not math.isfinite(tilt):
-        raise ParameterError(f"crossover: tilt is {tilt!r}; expected a finite number")
+    check_finite("crossover", "tilt", tilt)
+    check_one_shape("crossover", a, b)
     a, b = promoted(a, b)
     if alpha == 0 or a.numel() == 0:
         return a.clone()

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import keep_ends, promoted
+from sd_mecha.builtin.methods.common import finite_number, keep_ends, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 
@@ -39,6 +39,7 @@ def geometric_sum(
     >>> geometric_sum.__wrapped__(torch.tensor([4.0, -4.0, 4.0]), torch.tensor([9.0, -9.0, 0.0]), torch.tensor(0.5))
     tensor([ 6., -6.,  0.])
     """
+    finite_number("geometric_sum", "alpha", alpha)
     a, b = promoted(a, b)
     wide = torch.promote_types(a.dtype, torch.float32)
     weight, x, y = alpha.to(a.device, wide), a.to(wide), b.to(wide)
@@ -76,6 +77,7 @@ def multiply_quotient(
     >>> multiply_quotient.__wrapped__(a, b, c, torch.tensor(1.0)).round(decimals=3)
     tensor([6.3500, 8.0000])
     """
+    finite_number("multiply_quotient", "alpha", alpha)
     a, b, c = promoted(a, b, c)
     wide = torch.promote_types(a.dtype, torch.float32)
     x, y, z = a.to(wide), b.to(wide), c.to(wide)

@@ -49,14 +49,25 @@ def stock_factors(
     >>> stock_factors(torch.tensor([1.0, 0.0, 1.0]), 2, 1e-6), stock_factors(torch.tensor([1.0, 1.0, 1.0]), 2, 1e-6)
     (tensor(0.), tensor(1.))
     """
+    if products.dim() == 1 and products.is_cpu:
+        numbers = tuple(products.tolist())
+        return torch.tensor(_stock_factor(numbers, count, cos_eps, adjacent, bounded), dtype=products.dtype)
+    return _stock_factors(products, count, cos_eps, adjacent, bounded)
+
+
+@lru_cache(maxsize=64)  # every tile of a tensor asks for the same factor
+def _stock_factor(products: tuple[float, ...], count: int, cos_eps: float, adjacent: bool, bounded: bool) -> float:
+    numbers = torch.tensor(products, dtype=torch.float64)
+    return float(_stock_factors(numbers, count, cos_eps, adjacent, bounded))
+
+
+def _stock_factors(products: Tensor, count: int, cos_eps: float, adjacent: bool, bounded: bool) -> Tensor:
     index = {pair: k for k, pair in enumerate(pairs(count))}
     chosen = [(i, j) for i, j in index if i != j and (j == i + 1 or not adjacent)]
-    cosine = torch.zeros_like(products[0])
-    for i, j in chosen:
-        # the root of a product, not the product of roots: equal tensors have cosine 1 exactly
-        norms = torch.sqrt(products[index[i, i]] * products[index[j, j]])
-        cosine += products[index[i, j]] / norms.clamp_(min=cos_eps)
-    cosine /= len(chosen)
+    first, second = ([index[pair[k], pair[k]] for pair in chosen] for k in range(2))
+    # the root of a product, not the product of roots: equal tensors have cosine 1 exactly
+    norms = torch.sqrt(products[first] * products[second]).clamp_(min=cos_eps)
+    cosine = (products[[index[pair] for pair in chosen]] / norms).mean(0)
     if bounded:
         cosine.clamp_(0, 1)
     return count * cosine / (1 + (count - 1) * cosine)

@@ -33,8 +33,8 @@ def truncate_kronecker(
     Args:
         a: a delta.
         kronecker_ratio: in [0, 1]; how the entries are shared out: `b` has about `n ** kronecker_ratio` of
-            the n entries, `c` the rest. At 0.5 both are small; at either end one of them is the tensor
-            itself, which is then kept.
+            the n entries, `c` the rest. At 0.5 both are small; at 0, and for matrices at 1, one of them is
+            the tensor itself, which is then kept.
         use_approximate_basis: find the factors by a randomised subspace iteration instead of a full
             decomposition.
         approximate_basis_iters: at least 0; rounds of that iteration. More are more accurate.

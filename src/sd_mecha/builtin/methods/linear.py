@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import check_some, keep_ends, known_number, promoted
+from sd_mecha.builtin.methods.common import check_some, finite_number, keep_ends, known_number, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, StateDict, merge_method
 
 
@@ -36,7 +36,7 @@ def weighted_sum(
     tensor([2., 5.])
     """
     a, b = promoted(a, b)
-    match known_number(alpha):
+    match known_number(alpha):  # inf and NaN are let through, as in sd-mecha 1
         case 0.0:
             return a.clone()
         case 1.0:
@@ -89,7 +89,7 @@ def add_difference(
 ) -> Return(Tensor):
     """Add a difference of models to a model: task arithmetic.
 
-    Formula: `a + alpha * b`. The operator `+` between recipe nodes is this method at alpha 1.
+    Formula: `a + alpha * b`; exactly `a` at alpha 0. The operator `+` between recipe nodes is this method at alpha 1.
 
     Args:
         a: what is added to; weights, or another delta.
@@ -104,6 +104,8 @@ def add_difference(
     tensor([3., 1.])
     """
     a, b = promoted(a, b)
+    if finite_number("add_difference", "alpha", alpha) == 0:
+        return a.clone()  # a sum would change the sign of zeros, and b may hold inf
     return torch.addcmul(a, b, alpha.to(a))
 
 
@@ -150,4 +152,5 @@ def scale(
     >>> scale.__wrapped__(torch.tensor([1.0, -2.0]), torch.tensor(0.5))
     tensor([ 0.5000, -1.0000])
     """
+    finite_number("scale", "alpha", alpha)
     return torch.mul(a, alpha.to(a))

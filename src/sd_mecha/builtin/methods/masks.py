@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import promoted, quotient
+from sd_mecha.builtin.methods.common import finite_number, promoted, quotient
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 
@@ -34,6 +34,7 @@ def train_difference_mask(
     >>> train_difference_mask.__wrapped__(a, b, c, torch.tensor(1.0))
     tensor([0.9000, 0.0000])
     """
+    finite_number("train_difference_mask", "alpha", alpha)
     a, b, c = promoted(a, b, c)
     change = torch.abs(a - b)
     return quotient(change, change + torch.abs(b - c)).mul_(1.8).mul_(alpha.to(a))
@@ -64,6 +65,7 @@ def add_opposite_mask(
     >>> add_opposite_mask.__wrapped__(a, b, c, torch.tensor(1.0))
     tensor([0., 2.])
     """
+    finite_number("add_opposite_mask", "alpha", alpha)
     a, b, c = promoted(a, b, c)
     reach = torch.maximum(torch.abs(a - c), torch.abs(b - c))
     return quotient(torch.abs(a - b), reach).mul_(alpha.to(a))
@@ -94,6 +96,7 @@ def add_strict_opposite_mask(
     >>> add_strict_opposite_mask.__wrapped__(a, b, c, torch.tensor(1.0))
     tensor([0., 2.])
     """
+    finite_number("add_strict_opposite_mask", "alpha", alpha)
     a, b, c = promoted(a, b, c)
     from_a, from_b = a - c, b - c
     reach = torch.maximum(torch.abs(from_a), torch.abs(from_b))

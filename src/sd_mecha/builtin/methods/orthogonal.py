@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from sd_mecha.builtin.methods.angles import Angles
+
+PART = 1 << 20
+"""Elements of a large matrix that are worked on at a time where rows can be taken one by one."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,14 @@ class OrthogonalMap:
     weakest: tuple[Tensor, Tensor] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
+        return in_parts(self._apply, x)
+
+    def _apply(self, x: Tensor) -> Tensor:
         if self.frame is None:
             return x @ self.core
-        moved = (x @ self.frame) @ (self.core - torch.eye(*self.core.shape).to(self.core))
+        inside = x @ self.frame
+        moved = torch.addmm(inside, inside, self.core, beta=-1)
+        del inside
         return torch.addmm(x, moved, self.frame.mT)
 
     def inverse(self) -> OrthogonalMap:
@@ -56,52 +67,11 @@ class OrthogonalMap:
         if self.weakest is None or float(torch.linalg.slogdet(self.core).sign) > 0:
             return self
         u, v = self.weakest
-        return OrthogonalMap(self.core - 2 * torch.outer(u, v), self.frame)
+        return OrthogonalMap(torch.addr(self.core, u, v, alpha=-2), self.frame)
 
     @cached_property
     def _angles(self) -> Angles:
         return Angles.of(self.core)
-
-
-@dataclass(frozen=True)
-class Angles:
-    """A rotation as planes and angles, from which any power of it follows."""
-
-    vectors: Tensor  # orthonormal columns; the plane of column i is spanned by it and by column i of `partners`
-    partners: Tensor
-    angles: Tensor
-
-    @classmethod
-    def of(cls, rotation: Tensor) -> Angles:
-        """Take a rotation apart.
-
-        Its symmetric part has the cosines as eigenvalues. Its skew part takes each eigenvector to its partner
-        in the plane, times the sine. Planes that turn by 180 degrees have no partner there; any two of their
-        vectors make a pair.
-        """
-        q = rotation.double()
-        cosines, vectors = torch.linalg.eigh((q + q.mT) / 2)
-        partners = ((q - q.mT) / 2) @ vectors
-        sines = torch.linalg.vector_norm(partners, dim=0)
-        angles = torch.atan2(sines, cosines)
-        partners = partners / torch.where(sines > 0, sines, 1.0)
-        opposed = (sines < math.sqrt(torch.finfo(rotation.dtype).eps)) & (cosines < 0)
-        half = vectors[:, opposed]
-        count = half.shape[1] // 2 * 2
-        swapped = half[:, :count].unflatten(1, (-1, 2)).flip(2).flatten(1)
-        swapped[:, 1::2] *= -1
-        where = opposed.nonzero().flatten()[:count]
-        partners[:, where] = swapped
-        angles[where] = math.pi
-        return cls(vectors, partners, angles)
-
-    def logarithm(self) -> Tensor:
-        """The skew-symmetric matrix whose exponential is the rotation."""
-        return (self.partners * self.angles) @ self.vectors.mT
-
-    def power(self, exponent: float) -> Tensor:
-        turned = self.angles * exponent
-        return (self.vectors * torch.cos(turned) + self.partners * torch.sin(turned)) @ self.vectors.mT
 
 
 @dataclass(frozen=True)
@@ -119,7 +89,9 @@ class Alignment:
 
     def apply(self, x: Tensor) -> Tensor:
         """Turn rows all the way."""
-        return (x @ self.left) @ self.right.mT if self.is_all else self.map.apply(x)
+        if not self.is_all:
+            return self.map.apply(x)
+        return in_parts(lambda part: (part @ self.left) @ self.right.mT, x)
 
     @cached_property
     def map(self) -> OrthogonalMap:
@@ -127,42 +99,94 @@ class Alignment:
         columns, rank = self.left.shape
         if 2 * rank >= columns:
             frame, left, right = None, self.left, self.right
+            free_left = _complement(left)
         else:  # nothing moves but what these directions span
             outside = _orthonormal_to(self.left, self.right - self.left @ (self.left.mT @ self.right))
             frame = torch.cat([self.left, outside], 1)
-            left, right = torch.eye(2 * rank, rank).to(self.left), frame.mT @ self.right
-        free_left, free_right = _complement(left), _complement(right)
+            del outside
+            everything = torch.eye(2 * rank).to(self.left)
+            left, right, free_left = everything[:, :rank], frame.mT @ self.right, everything[:, rank:]
+        free_right = _complement(right)
         u, _, vh = torch.linalg.svd(free_left.mT @ free_right)
-        left, right = torch.cat([left, free_left @ u], 1), torch.cat([right, free_right @ vh.mT], 1)
-        weakest = (left[:, -1], right[:, -1]) if left.shape[1] else None
-        found = OrthogonalMap(left @ right.mT, frame, weakest)
+        core = (left @ right.mT).addmm_(free_left @ (u @ vh), free_right.mT)
+        weakest = None
+        if free_left.shape[1]:
+            weakest = (free_left @ u[:, -1], free_right @ vh[-1])
+        elif rank:
+            weakest = (left[:, -1].clone(), right[:, -1].clone())
+        found = OrthogonalMap(core, frame, weakest)
         # where nothing but the sign of one direction is free, as in square matrices of rows with mean zero
         return found.rotation if columns - rank == 1 else found
 
 
-def procrustes(x: Tensor, y: Tensor) -> Alignment:
+def procrustes(x: Tensor, y: Tensor, shift_x: Tensor | None = None, shift_y: Tensor | None = None) -> Alignment:
     """The orthogonal Q that minimises `|x @ Q - y|`, and of all those the one nearest to doing nothing.
 
     Only directions that rows of both matrices have are aligned. If one direction remains, its sign is such that Q
     does not reflect. Where there are fewer rows than columns, all work is done on the side of the rows.
+
+    Args:
+        x, y: the matrices.
+        shift_x, shift_y: a row that is taken from each of their rows first; None for zero.
     """
     if x.shape[0] >= x.shape[1]:
-        u, s, vh = torch.linalg.svd(x.mT @ y)
-        left, right = u, vh.mT
+        cross = x.new_zeros(x.shape[1], x.shape[1])
+        for part_x, part_y in zip(_shifted(x, shift_x), _shifted(y, shift_y), strict=True):
+            cross.addmm_(part_x.mT, part_y)
+        left, s, vh = torch.linalg.svd(cross)
+        right = vh.mT
     else:
-        (frame_x, side_x), (frame_y, side_y) = torch.linalg.qr(x.mT), torch.linalg.qr(y.mT)
-        u, s, vh = torch.linalg.svd(side_x @ side_y.mT)
-        left, right = frame_x @ u, frame_y @ vh.mT
+        frame_x, side_x = _frame(x, shift_x)
+        frame_y, side_y = _frame(y, shift_y)
+        cross = side_x @ side_y.mT
+        del side_x, side_y
+        u, s, vh = torch.linalg.svd(cross)
+        left = frame_x @ u
+        del frame_x
+        right = frame_y @ vh.mT
+        del frame_y
     # no smaller than what rounding makes of zeros, no larger than need be: weak directions are turned too
     rank = int((s > s[:1] * math.sqrt(max(x.shape)) * 4 * torch.finfo(s.dtype).eps).sum())
-    is_all = _is_small(x @ left[:, rank:], x) and _is_small(y @ right[:, rank:], y)
+    is_all = _has_little(x, shift_x, left[:, rank:]) and _has_little(y, shift_y, right[:, rank:])
     return Alignment(left[:, :rank], right[:, :rank], is_all)
 
 
-def _is_small(part: Tensor, whole: Tensor) -> bool:
-    """Whether a part of a matrix is no more than what rounding may have left."""
-    limit = math.sqrt(torch.finfo(whole.dtype).eps)
-    return bool(torch.linalg.matrix_norm(part) <= limit * torch.linalg.matrix_norm(whole))
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a function makes of the rows of a matrix, a few of them at a time, so that its own steps need little."""
+    rows = _rows_at_once(x)
+    if len(x) <= rows:
+        return function(x)
+    result = torch.empty_like(x)
+    for made, part in zip(torch.split(result, rows), torch.split(x, rows), strict=True):
+        made.copy_(function(part))
+    return result
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return max(PART // x.shape[1], 1)
+
+
+def _shifted(x: Tensor, shift: Tensor | None) -> Iterator[Tensor]:
+    """The rows of a matrix, some at a time, less a row."""
+    for part in torch.split(x, _rows_at_once(x)):
+        yield part if shift is None else part - shift
+
+
+def _frame(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns that span the rows of a wide matrix, and the rows in their coordinates, as columns."""
+    frame, side = torch.linalg.qr((x if shift is None else x - shift).mT)
+    return frame, side
+
+
+def _has_little(x: Tensor, shift: Tensor | None, directions: Tensor) -> bool:
+    """Whether rows have no more in some directions than what rounding may have left."""
+    if directions.shape[1] == 0:
+        return True
+    part = whole = 0.0
+    for rows in _shifted(x, shift):
+        part = math.hypot(part, float(torch.linalg.matrix_norm(rows @ directions)))
+        whole = math.hypot(whole, float(torch.linalg.matrix_norm(rows)))
+    return part <= math.sqrt(torch.finfo(x.dtype).eps) * whole
 
 
 def _complement(vectors: Tensor) -> Tensor:
@@ -170,8 +194,11 @@ def _complement(vectors: Tensor) -> Tensor:
     n, count = vectors.shape
     if count == 0:
         return torch.eye(n).to(vectors)
+    if 0 < (n - count) * 8 <= n:  # a few are found sooner by taking the rest out of any others
+        drawn = torch.randn(n, n - count, dtype=vectors.dtype, generator=torch.Generator().manual_seed(0))
+        return _orthonormal_to(vectors, drawn.to(vectors.device))
     basis: Tensor = torch.linalg.qr(vectors, mode="complete").Q
-    return basis[:, count:]
+    return basis[:, count:].clone()  # the rest of the basis need not be kept
 
 
 def _orthonormal_to(vectors: Tensor, others: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import promoted
-from sd_mecha.errors import ParameterError
+from sd_mecha.builtin.methods.common import check_finite, check_one_shape, promoted
+from sd_mecha.builtin.methods.ordering import kth_smallest, order_of, ranges, sort_in_place
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 
 
@@ -31,7 +31,7 @@ def tensor_sum(
         a: the model to copy into; weights or deltas, the same kind as `b`.
         b: the model to copy from.
         width: the share of rows to copy, in [0, 1]; more counts as 1, and a negative one extends to the left.
-        offset: where the range begins, as a share of the rows; of period 1.
+        offset: where the range begins, as a share of the rows; any number, of period 1.
 
     Use when: two models should be spliced without averaging anything; `copy_region` applies it to differences.
     Cost: elementwise, one pass; copies bit for bit.
@@ -74,7 +74,7 @@ def top_k_tensor_sum(
         a: the model whose values are used; weights or deltas, the same kind as `b`.
         b: the model whose order is used.
         width: the share of magnitudes to move, in [0, 1]; more counts as 1, and a negative one extends downwards.
-        offset: where the range begins, as a share of the magnitudes; of period 1.
+        offset: where the range begins, as a share of the magnitudes; any number, of period 1.
 
     Use when: the structure of `b` is wanted in the distribution of values of `a`.
     Cost: entire tensors, O(n log n): a rank is a fact of all elements. A value may move onto another that moves,
@@ -85,29 +85,30 @@ def top_k_tensor_sum(
     >>> top_k_tensor_sum.__wrapped__(a, b)
     tensor([3., 1., 2.])
     """
+    check_one_shape("top_k_tensor_sum", a, b)
     start, stop, outside = _region("top_k_tensor_sum", width, offset, a.numel())
     a, b = promoted(a, b)
-    values, place = a.reshape(-1), torch.argsort(b.reshape(-1), stable=True)
-    ordered = torch.sort(values).values
-    if start > 0 or stop < len(values) or outside:
-        magnitude = ordered.abs()
-        # the magnitudes of two ranks; below the first there is none
-        low, high = (torch.kthvalue(magnitude, rank).values if rank > 0 else -1.0 for rank in (start, stop))
-        moved = (magnitude >= low) & (magnitude <= high)
-        if outside:
-            moved.logical_not_()
-        del magnitude
-        ordered, place = ordered[moved], place[moved]
+    if a.is_meta:
+        return torch.empty_like(a)
+    values, place = a.reshape(-1), order_of(b.reshape(-1))
+    ordered = sort_in_place(values.clone())
+    everything = start <= 0 and stop >= len(values) and not outside
+    low, high = (-1.0, -1.0) if everything else kth_smallest(ordered.abs(), start, stop)
     result = values.clone()
-    result[place] = ordered
+    for begin, end in ranges(len(values)):
+        chosen, to = ordered[begin:end], place[begin:end].to(torch.int64)
+        if not everything:
+            magnitude = chosen.abs()
+            moved = ((magnitude >= low) & (magnitude <= high)) ^ outside
+            chosen, to = chosen[moved], to[moved]
+        result[to] = chosen
     return result.view(a.shape)
 
 
 def _region(method: str, width: float, offset: float, size: int) -> tuple[int, int, bool]:
     """The range of `size` things that is meant: its ends, and whether what lies outside of them is meant instead."""
     for name, value in (("width", width), ("offset", offset)):
-        if not math.isfinite(value):
-            raise ParameterError(f"{method}: {name} is {value!r}; expected a finite number")
+        check_finite(method, name, value)
     if width < 0:
         offset, width = offset + width, -width
     width = min(width, 1.0)

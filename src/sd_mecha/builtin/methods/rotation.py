@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import known_number
+from sd_mecha.builtin.methods.common import check_finite, check_one_shape, finite_number
 from sd_mecha.builtin.methods.orthogonal import Alignment, procrustes
 from sd_mecha.builtin.methods.svd import cache_entry
 from sd_mecha.extensions.merge_methods import Parameter, Return, StateDict, merge_method
@@ -57,7 +57,10 @@ def rotate(
             [0., 1.]])
     """
     key = kwargs["key"]
-    number = known_number(alpha)
+    number = finite_number("rotate", "alpha", alpha)
+    check_finite("rotate", "alignment", alignment)
+    check_finite("rotate", "centralization", centralization)
+    check_one_shape("rotate", a[key], b[key])
     if number == 0 and alignment == 0:
         return a[key].clone()
     source, target = a[key], b[key]
@@ -72,8 +75,9 @@ def rotate(
     if weight.dim() > 0:
         weight = weight.expand(x.shape).reshape(rows)
     x, y = x.reshape(rows), y.reshape(rows)
-    turn = _turn(x, y, centralization, cache_entry(kwargs))
-    result = _blend(x, y, turn, alignment, weight if number is None else number, centralization)
+    mix = weight if number is None else number
+    # what turns is handed on and not held here: without a cache, parts of it are gone as soon as they were used
+    result = _blend(x, y, _turn(x, y, centralization, cache_entry(kwargs)), alignment, mix, centralization)
     return result.to(dtype).reshape(source.shape)
 
 
@@ -90,7 +94,7 @@ def _turn(x: Tensor, y: Tensor, centralization: float, kept: Any) -> Alignment:
     found: Alignment | None = kept.get("turn")
     fits = found is not None and kept["centralization"] == centralization and kept["shape"] == x.shape
     if found is None or not fits or found.left.device != x.device or found.left.dtype != x.dtype:
-        found = procrustes(x - x.mean(0) * centralization, y - y.mean(0) * centralization)
+        found = procrustes(x, y, x.mean(0) * centralization, y.mean(0) * centralization)
         kept.clear()
         kept.update({"centralization": centralization, "shape": x.shape, "turn": found})
     return found
@@ -103,16 +107,21 @@ def _blend(
     mean = torch.lerp(mean_x, mean_y, alignment)
     if alignment == 1 and not isinstance(alpha, Tensor):
         # the means pass through the maps as one more row, so that no centred copy is needed
-        result = turn.apply(x).mul_(1 - alpha).add_(y, alpha=alpha)
+        result = turn.apply(x)
+        if alpha != 0:
+            result.mul_(1 - alpha).add_(y, alpha=alpha)
         return result.add_(mean - (1 - alpha) * turn.apply(mean_x) - alpha * mean_y)
     whole = turn.map if float(alignment).is_integer() else turn.map.rotation
+    del turn
     turned = whole.power(alignment)
+    if not isinstance(alpha, Tensor) and alpha == 0:
+        del whole
+        return turned.apply(x).add_(mean - turned.apply(mean_x))
     if isinstance(alpha, Tensor):
         mixed = torch.lerp(x - mean_x, whole.inverse().apply(y - mean_y), alpha)
         return turned.apply(mixed).add_(mean)
     result, shift = turned.apply(x).mul_(1 - alpha), mean - (1 - alpha) * turned.apply(mean_x)
-    if alpha != 0:
-        back_and_on = whole.inverse().then(turned)
-        result.add_(back_and_on.apply(y), alpha=alpha)
-        shift -= alpha * back_and_on.apply(mean_y)
-    return result.add_(shift)
+    back_and_on = whole.inverse().then(turned)
+    del whole, turned
+    result.add_(back_and_on.apply(y), alpha=alpha)
+    return result.add_(shift.sub_(back_and_on.apply(mean_y), alpha=alpha))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import keep_ends, known_number, promoted
+from sd_mecha.builtin.methods.common import finite_number, keep_ends, promoted
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.reductions import Dot
 
@@ -49,7 +49,7 @@ def slerp(
     tensor([1.4142, 1.4142])
     """
     a, b = promoted(a, b)
-    number = known_number(alpha)
+    number = finite_number("slerp", "alpha", alpha)
     if number == 0.0:
         return a.clone()
     if number == 1.0:
@@ -58,7 +58,9 @@ def slerp(
     aa, bb, ab = yield Dot(a, a), Dot(b, b), Dot(a, b)
     t = number if number is not None else alpha.to(a)
     weight_a, weight_b = _arc_weights(aa.item(), bb.item(), ab.item(), t, smallest_sine(a.dtype))
-    result = torch.mul(a, torch.as_tensor(weight_a).to(a)).addcmul_(b, torch.as_tensor(weight_b).to(b))
+    # with their dtype given: a plain number would pass through float32
+    of_a, of_b = (torch.as_tensor(w, dtype=a.dtype, device=a.device) for w in (weight_a, weight_b))
+    result = torch.mul(a, of_a).addcmul_(b, of_b)
     return result if number is not None else keep_ends(alpha.to(a), a, b, result)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.orthogonal import Angles
+from sd_mecha.builtin.methods.angles import Angles
 
 
 def stiefel_interpolate(a: Tensor, b: Tensor, t: float, eps: float = 1e-8, max_iters: int = 100) -> Tensor:

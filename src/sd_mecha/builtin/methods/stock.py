@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sd_mecha.builtin.methods.common import (
@@ -15,11 +14,10 @@ from sd_mecha.builtin.methods.common import (
     shape_of,
     weighted_mean,
 )
-from sd_mecha.builtin.methods.gram import pairs as index_pairs
 from sd_mecha.builtin.methods.gram import stock_factors
-from sd_mecha.extensions.groups import GroupGram, GroupMax, Groups
+from sd_mecha.extensions.groups import GroupGram, Groups
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
-from sd_mecha.extensions.reductions import Dot
+from sd_mecha.extensions.reductions import Gram
 
 
 @merge_method(tiling="elementwise")
@@ -46,10 +44,10 @@ def model_stock(
             `c = -1 / (n - 1)`.
 
     Use when: a few fine-tunes of one base should be averaged, and there is no telling how far to go.
-    Cost: two passes (the inner products of the pairs, then elementwise); three with `filter_wise`.
+    Cost: two passes (the inner products of the pairs, then elementwise).
     Source: Model Stock, arXiv 2403.19522.
 
-    >>> import sd_mecha
+    >>> import sd_mecha, torch
     >>> deltas = [sd_mecha.model({"w": torch.tensor(v)}, merge_space="delta") for v in ([2.0, 0.0], [2.0, 2.0])]
     >>> recipe = sd_mecha.model_stock(*deltas)
     >>> sd_mecha.merge(recipe, strict_merge_space="delta", output_dtype=None)["w"].round(decimals=3)
@@ -64,10 +62,9 @@ def model_stock(
         return deltas[0].clone()
     rows = Groups.rows(shape_of(deltas[0], tile))
     if filter_wise and rows.count > 1:
-        bounds = yield tuple(GroupMax(delta, rows) for delta in deltas)
-        products = yield GroupGram(deltas, bounds, rows)
+        products = yield GroupGram(deltas, rows)
     else:
-        products = torch.stack((yield tuple(Dot(deltas[i], deltas[j]) for i, j in index_pairs(count))))
+        products = yield Gram(deltas)
     factors = stock_factors(products, count, cos_eps, adjacent=pairs == "adjacent", bounded=bounded)
     mean = weighted_mean(deltas, [1 / count] * count)
     if factors.dim() > 0:

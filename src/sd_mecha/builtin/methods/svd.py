@@ -33,8 +33,8 @@ def truncate_rank(
 
     Args:
         a: a delta.
-        rank: how many singular values are kept; 0 and less keep none, the smaller side of the matrix and more
-            keep all.
+        rank: any integer; how many singular values are kept. 0 and less keep none, the smaller side of the
+            matrix and more keep all.
         use_approximate_basis: find the leading vectors by a randomised subspace iteration instead of a full
             decomposition; much faster at low rank, and exact for a delta that has that rank.
         approximate_basis_iters: at least 0; rounds of that iteration. More are more accurate.

@@ -6,13 +6,14 @@ one pass to find it, one to apply it; the extended one takes another for the inn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.methods.common import check_positive, check_range, check_some, promoted, quotient
+from sd_mecha.builtin.methods.common import check_positive, check_range, check_some, promoted
 from sd_mecha.builtin.methods.gram import check_weiszfeld, gram_matrix, median_weights, pairs, stock_factors
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
 from sd_mecha.extensions.reductions import Dot, KthMagnitude
@@ -56,8 +57,9 @@ def ties_sum(
     if kept_share is not None:
         thresholds = yield tuple(KthMagnitude(m, kept_share) for m in models)
         models = _trim(models, thresholds)
-    kept = _agreeing(models, _elected(models, vote_sgn))
-    return _mean(kept, kept)
+    elected = _elected(models, vote_sgn)
+    kept = _agreeing(models, elected)
+    return _mean(kept, kept).mul_(elected)
 
 
 @merge_method(tiling="elementwise")
@@ -86,10 +88,10 @@ def ties_sum_extended(
         vote_sgn: elect the sign of the sum of entries instead of the majority of signs.
         apply_stock: multiply by the model-stock factor; one model has factor 1.
         apply_median: take the geometric median; robust against outliers among the models.
-        cos_eps: the least product of norms a cosine is divided by.
-        eps: the least distance a median step divides by.
-        maxiter: at most this many median steps.
-        ftol: the median stops when the sum of distances changes by a smaller share.
+        cos_eps: above 0; the least product of norms a cosine is divided by.
+        eps: above 0; the least distance a median step divides by.
+        maxiter: at least 0; the number of median steps at most.
+        ftol: at least 0; the median stops when the sum of distances changes by a smaller share.
 
     Use when: TIES alone moves too far (`apply_stock`), or one of many deltas is an outlier (`apply_median`).
     Cost: as `ties_sum`, and one more pass for the inner products of all pairs.
@@ -154,13 +156,13 @@ def merge_elected(
         weights = [1.0] * len(kept) if gram is None else median_weights(gram, *options[-3:])
         result = kept[0] * weights[0]
         for delta, weight in zip(kept[1:], weights[1:], strict=True):
-            result.add_(delta * weight)
-        return result
+            result.add_(delta, alpha=weight)
+        return result.mul_(elected)
     result = _mean(kept, kept if counted is models else _agreeing(counted, elected))
     if options.apply_stock and len(kept) > 1:
         products = yield tuple(Dot(kept[i], kept[j]) for i, j in pairs(len(kept)))
         result.mul_(stock_factors(torch.stack(products), len(kept), options.cos_eps).to(result))
-    return result
+    return result.mul_(elected)
 
 
 def entries_kept(share: float, numel: int) -> int | None:
@@ -169,8 +171,12 @@ def entries_kept(share: float, numel: int) -> int | None:
     return None if count >= numel else count
 
 
+# Truth values are avoided below: comparing numbers in place, which gives 1.0 and 0.0, and multiplying takes a fifth
+# of the time of choosing by them.
+
+
 def _trim(models: Sequence[Tensor], thresholds: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(torch.where(m.abs() >= t.to(m), m, 0.0) for m, t in zip(models, thresholds, strict=True))
+    return tuple(m.abs().ge_(t.to(m)).mul_(m) for m, t in zip(models, thresholds, strict=True))
 
 
 def _elected(models: Sequence[Tensor], by_mass: bool) -> Tensor:
@@ -182,14 +188,17 @@ def _elected(models: Sequence[Tensor], by_mass: bool) -> Tensor:
 
 
 def _agreeing(models: Sequence[Tensor], elected: Tensor) -> list[Tensor]:
-    """The models with every entry set to 0 that has not the elected sign."""
-    return [torch.where(torch.sign(m) == elected, m, 0.0) for m in models]
+    """The magnitudes of the models' entries that have the elected sign; 0 for all others.
+
+    Multiplied by the elected signs they are these entries again, and inner products are the same either way.
+    """
+    return [(m * elected).clamp_(min=0).nan_to_num_(0.0, math.inf) for m in models]
 
 
 def _mean(kept: Sequence[Tensor], counted: Sequence[Tensor]) -> Tensor:
     """The sum of `kept` over the number of entries of `counted` that are not 0."""
-    total, count = kept[0].clone(), (counted[0] != 0).to(kept[0].dtype)
+    total, count = kept[0].clone(), counted[0].sign()
     for delta, entry in zip(kept[1:], counted[1:], strict=True):
         total.add_(delta)
-        count.add_(entry != 0)
-    return quotient(total, count)
+        count.add_(entry.sign())
+    return total.div_(count.clamp_(min=1))

@@ -1,0 +1,1 @@
+"""The pages here that are generated, and what generates them: `make docs`."""
