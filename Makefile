@@ -10,7 +10,7 @@ endif
 PY := $(BIN)/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check lint types bench reference clean
+.PHONY: demo test check lint types peers bench docs reference clean
 
 demo: $(INSTALLED)  ## train, merge and measure on real data
 	$(BIN)/sd-mecha demo $(DEMO_ARGS)
@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## train, merge and measure on real data
 test: $(INSTALLED)  ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-check: lint types  ## everything that must hold before a change lands
+check: lint types peers  ## everything that must hold before a change lands
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
@@ -28,8 +28,15 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(PY) -m mypy
 
+peers: $(INSTALLED)  ## libraries that results are compared with; the tests that need them are skipped without
+	-$(PY) -m pip install --quiet --editable '.[peers]' --constraint constraints.txt
+
 bench: $(INSTALLED)  ## speed and memory: CASES="sd15_weighted_sum ..." REPEATS=3 BENCH_ARGS=--quick
 	$(PY) -m bench $(CASES) $(if $(REPEATS),--repeats $(REPEATS)) $(BENCH_ARGS)
+
+docs: $(INSTALLED)  ## docs/methods.md and its pictures, from the docstrings of the merge methods
+	$(PY) -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
+	$(PY) -m docs
 
 reference: $(INSTALLED)  ## compare with the full reference data, where it is present
 	@test -d "$(REFERENCE)" || { echo "no reference data in $(REFERENCE)"; exit 1; }
@@ -43,4 +50,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 clean:
 	rm -rf .venv build dist bench/.work bench/.old-venv bench/results demo-output
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} +

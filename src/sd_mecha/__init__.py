@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "2.0.0.dev0"
 
 _METHODS = (
+    "adapter_delta",
     "add_cosine_a",
     "add_cosine_b",
     "add_opposite_mask",
@@ -32,6 +33,8 @@ _METHODS = (
     "omit_non_finite",
     "perpendicular_component",
     "pick_component",
+    "randperm",
+    "rebasin",
     "slerp",
     "stack",
     "subtract",
@@ -46,6 +49,7 @@ _METHODS = (
 """Merge methods that are public under their identifiers."""
 
 _WHERE = {
+    "apply_adapter": "builtin.methods.adapters",
     "add_difference": "builtin.methods.composed",
     "add_difference_ties": "builtin.methods.composed",
     "add_difference_ties_extended": "builtin.methods.composed",
@@ -56,6 +60,12 @@ _WHERE = {
     "rotate": "builtin.methods.composed",
     "add_ties_with_dare": "builtin.methods.composed_dropout",
     "dropout": "builtin.methods.composed_dropout",
+    "mix_weights": "builtin.methods.block_weights",
+    "weights": "builtin.methods.block_weights",
+    "combine_adapters": "adapters.combining",
+    "compare_adapter": "adapters.comparing",
+    "extract_adapter": "adapters.extraction",
+    "resize_adapter": "adapters.combining",
     "convert": "conversion",
     "open_graph": "graph",
     "set_log_level": "logs",
@@ -70,6 +80,7 @@ _WHERE = {
     "literal": "recipes.building",
     "model": "recipes.building",
     "RecipeNode": "recipes.nodes",
+    "methods": "extensions.catalogue",
     "Parameter": "extensions.merge_methods",
     "RecipeNodeOrValue": "extensions.merge_methods",
     "Return": "extensions.merge_methods",
@@ -95,6 +106,14 @@ if TYPE_CHECKING:
     from sd_mecha import serialization as serialization
     from sd_mecha import streaming as streaming
     from sd_mecha import testing as testing
+    from sd_mecha.adapters.combining import combine_adapters as combine_adapters
+    from sd_mecha.adapters.combining import resize_adapter as resize_adapter
+    from sd_mecha.adapters.comparing import compare_adapter as compare_adapter
+    from sd_mecha.adapters.extraction import extract_adapter as extract_adapter
+    from sd_mecha.builtin.methods.adapters import adapter_delta as adapter_delta
+    from sd_mecha.builtin.methods.adapters import apply_adapter as apply_adapter
+    from sd_mecha.builtin.methods.block_weights import mix_weights as mix_weights
+    from sd_mecha.builtin.methods.block_weights import weights as weights
     from sd_mecha.builtin.methods.bounds import clamp as clamp
     from sd_mecha.builtin.methods.casting import cast as cast
     from sd_mecha.builtin.methods.casting import get_device as get_device
@@ -123,6 +142,8 @@ if TYPE_CHECKING:
     from sd_mecha.builtin.methods.masks import add_strict_opposite_mask as add_strict_opposite_mask
     from sd_mecha.builtin.methods.masks import train_difference_mask as train_difference_mask
     from sd_mecha.builtin.methods.median import geometric_median as geometric_median
+    from sd_mecha.builtin.methods.permutations import randperm as randperm
+    from sd_mecha.builtin.methods.permutations import rebasin as rebasin
     from sd_mecha.builtin.methods.regions import top_k_tensor_sum as top_k_tensor_sum
     from sd_mecha.builtin.methods.select import fallback as fallback
     from sd_mecha.builtin.methods.select import omit_component as omit_component
@@ -137,6 +158,7 @@ if TYPE_CHECKING:
     from sd_mecha.builtin.methods.ties import ties_sum as ties_sum
     from sd_mecha.builtin.methods.ties import ties_sum_extended as ties_sum_extended
     from sd_mecha.conversion import convert as convert
+    from sd_mecha.extensions.catalogue import methods as methods
     from sd_mecha.extensions.key_map import KeyMapBuilder as KeyMapBuilder
     from sd_mecha.extensions.merge_methods import Parameter as Parameter
     from sd_mecha.extensions.merge_methods import RecipeNodeOrValue as RecipeNodeOrValue

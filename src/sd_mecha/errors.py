@@ -95,6 +95,10 @@ class ShapeError(PlanError, ValueError):
     """Tensors that a merge method combines differ in shape."""
 
 
+class AdapterError(PlanError, ValueError):
+    """An adapter file cannot be read, or does not fit the model that it should change."""
+
+
 class EmptyMergeError(PlanError):
     """The recipe produces no key at all."""
 

@@ -29,6 +29,7 @@ from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Writer
 from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
+from sd_mecha.storage.scaled_fp8 import ScaledWriter
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -44,10 +45,12 @@ def merge(
     merge_dtype: Any = ...,
     output_device: Any = ...,
     output_dtype: Any = ...,
+    scaled_fp8: Any = ...,
     threads: Any = ...,
     total_buffer_size: Any = ...,
     strict_merge_space: Any = ...,
     strict_mandatory_keys: Any = ...,
+    strict_adapters: Any = ...,
     check_extra_keys: Any = ...,
     check_finite_output: Any = ...,
     omit_non_finite_inputs: Any = ...,
@@ -126,6 +129,8 @@ def stream(recipe: RecipeNodeOrValue, **options: Any) -> Iterator[tuple[str, tor
     if "output" in options:
         raise OptionError("stream yields its results; leave out output=")
     checked = MergeOptions().given(options)
+    if checked.scaled_fp8:
+        raise OptionError("stream yields tensors as they are computed; scaled_fp8 needs an output of merge")
     writer = MemoryWriter({})
     with _plan([recipe], checked) as planned:
         writer.declare(planned.outputs[0], {})
@@ -207,6 +212,7 @@ def _plan(recipes: Sequence[RecipeNodeOrValue], options: MergeOptions) -> Plan:
             options.allow_empty_merge,
             options.memoize_intermediates,
             caches,
+            options.strict_adapters,
         ),
     )
 
@@ -228,7 +234,7 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
         planned = stack.enter_context(_plan(recipes, options))
         writers: list[Writer] = []
         for target, output in enumerate(outputs):
-            writer = _writer(output)
+            writer = ScaledWriter(_writer(output)) if options.scaled_fp8 else _writer(output)
             stack.callback(writer.abort)
             writer.declare(planned.outputs[target], _metadata(planned, target))
             writers.append(writer)

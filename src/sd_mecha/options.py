@@ -28,10 +28,12 @@ class MergeOptions:
         merge_dtype: what to compute in; None: what each tensor is stored in (fp8 in float32).
         output_device: where in-memory results go; None: where they were computed.
         output_dtype: what to write; None: what was computed.
+        scaled_fp8: whether to write the matrices of numbered blocks as fp8 with a scale each.
         threads: number of workers; None chooses, 0 works in the calling thread.
         total_buffer_size: bytes of tensors that may be alive at once, an upper bound for all workers together.
         strict_merge_space: the merge space (or spaces) that the result must have; None accepts any.
         strict_mandatory_keys: whether a model that lacks a mandatory key is an error.
+        strict_adapters: whether parts of an adapter that change nothing are an error rather than a warning.
         check_extra_keys: whether to warn about keys that the model config does not know.
         check_finite_output: whether to warn about results with inf or nan.
         omit_non_finite_inputs: whether an input tensor with inf or nan counts as missing.
@@ -48,10 +50,12 @@ class MergeOptions:
     merge_dtype: torch.dtype | str | None = torch.float32
     output_device: str | torch.device | None = "cpu"
     output_dtype: torch.dtype | str | None = torch.float16
+    scaled_fp8: bool = False
     threads: int | None = None
     total_buffer_size: int = 2**28
     strict_merge_space: Any = "weight"
     strict_mandatory_keys: bool = False
+    strict_adapters: bool = False
     check_extra_keys: bool = True
     check_finite_output: bool = True
     omit_non_finite_inputs: bool = True

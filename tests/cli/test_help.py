@@ -18,7 +18,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["demo"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["info"], ["methods"], ["demo"]], ids=" ".join)
 def test_help_needs_no_torch(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", HELP, *command, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -136,3 +136,24 @@ def test_alternatives_choose_by_parameter() -> None:
     got = merged(method(a, b))
     assert torch.equal(got[keys[0]], tensor((8,)))
     assert torch.equal(got[keys[1]], 2 * tensor((8,), seed=1))
+
+
+def test_a_key_relation_names_the_keys_of_its_own_call() -> None:
+    """Keys of one shape share a template; what each call is told must be its own all the same."""
+
+    @make(reuse_outputs=False)
+    class by_relation:
+        @staticmethod
+        def map_keys(builder: Any) -> None:
+            for key in builder.out.keys():  # noqa: SIM118 (it is no mapping)
+                builder[key] = builder.a.keys[key]
+
+        def __call__(self, a: Parameter(StateDict[Tensor]), **kwargs: Any) -> Return(StateDict[Tensor]):
+            ((out,), inputs) = kwargs["key_relation"]
+            assert out == kwargs["key"]
+            return {out: a[inputs["a"][0]] + 1}
+
+    model = {"x": torch.zeros(2), "y": torch.ones(2)}
+    got = merged(by_relation(sd_mecha.model(model)))
+    assert got["x"].tolist() == [1.0, 1.0]
+    assert got["y"].tolist() == [2.0, 2.0]

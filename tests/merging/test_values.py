@@ -66,7 +66,10 @@ def test_integers_that_differ_are_those_of_the_first_and_that_is_told(caplog: py
 
 @pytest.mark.parametrize("key", MARKERS)
 def test_markers_are_facts_and_not_weights(key: str, caplog: pytest.LogCaptureFixture) -> None:
-    one, other = ({key: torch.tensor(value), "w": torch.tensor([value])} for value in (1.0, 3.0))
+    one, other = (
+        {key: torch.tensor(value), "w": torch.tensor([value]), **{f"w{i}": torch.ones(1) for i in range(10)}}
+        for value in (1.0, 3.0)
+    )
     merged = average(one, other)
     assert merged["w"].tolist() == [2.0]
     assert merged[key].tolist() == 1.0
@@ -74,6 +77,29 @@ def test_markers_are_facts_and_not_weights(key: str, caplog: pytest.LogCaptureFi
     assert repr(key) in caplog.text
     empty = {**one, key: torch.empty(0)}
     assert average(empty, empty)[key].shape == (0,)
+
+
+@pytest.mark.parametrize("key", MARKERS)
+@pytest.mark.parametrize("config", [None, "sd1-ldm"])
+def test_a_marker_that_one_model_has_is_copied(key: str, config: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"model.diffusion_model.{layer}.weight" for layer in ("time_embed.0", "time_embed.2")]
+    plain: dict[str, torch.Tensor] = {name: torch.zeros(1) for name in names}
+    marked = {**plain, key: torch.tensor(7.0)}
+    nodes = [sd_mecha.model(m, config=config or "structural") for m in (plain, marked)]
+    merged = sd_mecha.merge(sd_mecha.weighted_sum(*nodes), output_dtype=None)
+    assert merged[key].tolist() == 7.0
+    assert set(merged) - {"__metadata__"} == set(marked)
+    assert not caplog.records
+
+
+def test_a_marker_goes_with_its_component() -> None:
+    model = {
+        "model.diffusion_model.time_embed.0.weight": torch.zeros(1),
+        "first_stage_model.quant_conv.bias": torch.zeros(1),
+        "v_pred": torch.zeros(0),
+    }
+    vae = sd_mecha.pick_component(sd_mecha.model(model, config="sdxl-sgm"), "vae")
+    assert set(sd_mecha.merge(vae)) - {"__metadata__"} == {"first_stage_model.quant_conv.bias"}
 
 
 def test_integers_go_through_arithmetic_where_the_caller_says_so() -> None:

@@ -21,6 +21,7 @@ FLOORS = (
     {"graph"},
     {"conversion", "serialization"},
     {"merging"},
+    {"adapters"},
     {"demo"},
     {"cli"},
 )

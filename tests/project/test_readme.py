@@ -37,9 +37,23 @@ def test_the_python_example_and_the_text_give_the_same_right_result(models: dict
     assert torch.equal(merged, from_text["weight"])
 
 
+def test_the_example_with_an_adapter_and_weights(models: dict[str, torch.Tensor]) -> None:
+    names = [f"layers.{i}.{part}.weight" for i in range(2) for part in ("attn.to_q", "mlp.up")]
+    for name in ("a", "base"):
+        save_file({key: torch.full((4, 4), float(name == "base")) for key in names}, f"{name}.safetensors")
+    up, down = torch.ones(4, 1), torch.ones(1, 4)
+    factors = {"layers.1.mlp.up.lora_up.weight": up, "layers.1.mlp.up.lora_down.weight": down}
+    save_file(factors, "style.safetensors")
+    nodes = {name: sd_mecha.model(f"{name}.safetensors") for name in models}
+    exec(blocks("python")[1], nodes | {"sd_mecha": sd_mecha})
+    merged = load_file("styled.safetensors")
+    expected = dict(zip(names, (0.5, 0.2, 0.5, 1.8), strict=True))
+    assert {key: tensor[0, 0].item() for key, tensor in merged.items()} == pytest.approx(expected, abs=1e-3)
+
+
 def test_the_example_method_takes_the_larger_value(models: dict[str, torch.Tensor]) -> None:
     nodes = {name: sd_mecha.model(f"{name}.safetensors") for name in models}
-    exec(blocks("python")[1], nodes)
+    exec(blocks("python")[2], nodes)
     a, b = models["a"], models["b"]
     expected = torch.where(a.abs() >= b.abs(), a, b)
     torch.testing.assert_close(load_file("larger.safetensors")["weight"], expected.half())

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import click
 
+from sd_mecha.cli.adapters import adapter_error, combine, extract, resize
 from sd_mecha.cli.demo import demo
+from sd_mecha.cli.info import info
 from sd_mecha.cli.merge import merge
+from sd_mecha.cli.methods import methods
 from sd_mecha.cli.plan import plan
 
 
@@ -20,6 +23,12 @@ def main() -> None:
 
 main.add_command(merge)
 main.add_command(plan)
+main.add_command(info)
+main.add_command(methods)
+main.add_command(extract)
+main.add_command(resize)
+main.add_command(combine)
+main.add_command(adapter_error)
 main.add_command(demo)
 
 __all__ = ["main"]

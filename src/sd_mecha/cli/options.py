@@ -46,6 +46,11 @@ _shared = (
         help="Of the output: fp16, bf16, fp32 ... or keep.",
     ),
     click.option(
+        "--scaled-fp8",
+        is_flag=True,
+        help="Write the matrices of numbered blocks as fp8 with a scale each.",
+    ),
+    click.option(
         "--merge-dtype",
         metavar="DTYPE",
         default="fp32",
@@ -80,6 +85,11 @@ _shared = (
         default="weight",
         show_default=True,
         help="In which the result must be: weight, delta, param ... or any.",
+    ),
+    click.option(
+        "--strict-adapters",
+        is_flag=True,
+        help="Refuse adapters of which a part changes nothing, instead of warning of it.",
     ),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
@@ -125,6 +135,8 @@ def engine_arguments(
     memory: int | None,
     fallback: Path | None,
     merge_space: str,
+    scaled_fp8: bool,
+    strict_adapters: bool,
 ) -> dict[str, Any]:
     """The arguments for `sd_mecha.merge` and `sd_mecha.plan` that the flags stand for."""
     import sd_mecha
@@ -135,6 +147,10 @@ def engine_arguments(
         "merge_device": device,
         "strict_merge_space": None if merge_space == "any" else merge_space,
     }
+    if scaled_fp8:
+        arguments["scaled_fp8"] = True
+    if strict_adapters:
+        arguments["strict_adapters"] = True
     if threads is not None:
         arguments["threads"] = threads
     if memory is not None:

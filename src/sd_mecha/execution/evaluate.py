@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sd_mecha.errors import ContractError, StateDictKeyError
+from sd_mecha.extensions.key_relations import RealizedKeyRelation
 from sd_mecha.extensions.tile import Tile
 from sd_mecha.planning.arguments import Values, as_type
 from sd_mecha.planning.keys import identity_relation
@@ -70,18 +71,22 @@ class Caller:
         key = program.name(step.key)
         if method.declaration.accepts_context:
             kwargs["key"] = key
-            kwargs["key_relation"] = step.relation or identity_relation(method, key)
+            kwargs["key_relation"] = relation_of(step, program) or identity_relation(method, key)
             kwargs["cache"] = callee.cache
             kwargs["output_reused"] = step.reused
-            if tile is not None and method.tiling in ("elementwise", "rows"):
+            if tile is not None and method.tiling in ("elementwise", "rows", "pieces"):
                 kwargs["tile"] = tile
         try:
             return self._instance(step.target)(*args, **kwargs)
         except StateDictKeyError as error:
-            raise skipped(step, key, method.identifier) from error
+            raise skipped(step, program, method.identifier) from error
         except Exception as error:
             explain_failure(error, f"merge method {method.identifier} failed at key {key!r}")
             raise
+
+    def makes_pieces(self, step: Call) -> bool:
+        """Whether the method of a call makes its result in pieces where it can."""
+        return bool(self._callees[step.target].method.tiling == "pieces")
 
     def method_name(self, step: Call) -> str:
         return str(self._callees[step.target].method.identifier)
@@ -93,8 +98,9 @@ class Caller:
             ContractError: keys or shapes are not those that the method declares.
         """
         name = self.method_name(step)
-        if step.relation is not None and isinstance(result, Mapping):
-            outputs = step.relation.outputs
+        relation = relation_of(step, program)
+        if relation is not None and isinstance(result, Mapping):
+            outputs = relation.outputs
             if absent := [k for k in outputs if k not in result]:
                 raise ContractError(f"{name} did not return key {absent[0]!r}, which its key map declares")
             if self._validate and (extra := sorted(result.keys() - set(outputs))):
@@ -130,9 +136,20 @@ class Caller:
         return value if arg.convert is None else as_type(value, arg.convert)
 
 
-def skipped(step: Call, key: str, method: str) -> Missing:
+def relation_of(step: Call, program: Program) -> RealizedKeyRelation | None:
+    """The relation that a call realises; in a template that keys share it makes the program's key of that same key."""
+    relation = step.relation
+    if relation is None or step.key is not None:
+        return relation
+    key = program.name(None)
+    inputs = {param: (key,) if keys else () for param, keys in relation.inputs.items()}
+    return RealizedKeyRelation((key,), inputs, relation.meta)
+
+
+def skipped(step: Call, program: Program, method: str) -> Missing:
     """What a method means that raises StateDictKeyError."""
-    keys = (key,) if step.relation is None else step.relation.outputs
+    relation = relation_of(step, program)
+    keys = (program.name(step.key),) if relation is None else relation.outputs
     return Missing(step.origin, keys, f"{method} skips what it is asked for", deliberate=True)
 
 

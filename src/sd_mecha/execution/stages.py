@@ -23,7 +23,7 @@ from sd_mecha.execution.pool import Pool
 from sd_mecha.execution.questions import Dry, Questions
 from sd_mecha.extensions.tile import Tile
 from sd_mecha.planning.program import Call, Load, Output, Program, Stage, Step, Store, Tiles, Whole
-from sd_mecha.planning.tiling import last_uses, slots_of
+from sd_mecha.planning.tiling import PIECES, last_uses, slots_of
 from sd_mecha.storage.contract import Reader, TensorEntry
 
 SHARED_FROM = 1 << 22  # elements from which a tensor is worth several workers, and what each takes at a time
@@ -101,7 +101,8 @@ class Run:
         specs = self.program.template.specs
         numel, slot = max((self._numel(s), -s) for s in (*step.inputs, *step.slots))
         tile = Tile(0, numel, numel, self._shape(-slot))
-        result = self.engine.caller(step, self.values, self.program, tile)
+        in_pieces = self.engine.caller.makes_pieces(step)
+        result = self.engine.caller(step, self.values, self.program, None if in_pieces else tile)
         if hasattr(result, "send"):
             result = self._drive_whole(step, result, tile)
         for slot, value in zip(step.slots, self.engine.caller.unpack(step, result, self.program, specs), strict=True):
@@ -249,6 +250,8 @@ class Run:
         return values
 
     def _tiled_call(self, step: Call, values: dict[int, Any], tile: Tile, stage: Tiles, dry: bool) -> Any:
+        if step.why == PIECES:
+            values = values | {slot: self.values[slot] for slot in step.inputs}  # entire
         result = self.engine.caller(step, values, self.program, tile)
         if hasattr(result, "send"):
             question = self._question(step)
@@ -267,7 +270,7 @@ class Run:
                 f"{self.engine.caller.method_name(step)} promises to work on tiles, but made {shown} of a tile of "
                 f'{tile.stop - tile.start} elements; declare tiling="whole"'
             )
-        return result
+        return self._shaped(result.reshape(-1), stage) if step.why == PIECES else result
 
     def _advance(self, step: Call, generator: Any, question: Questions, start: int, numel: int) -> Any:
         """Run a streamed method with the answers so far: its result, or `_OPEN` where it asks for more."""
@@ -280,7 +283,7 @@ class Run:
         except StopIteration as stop:
             return stop.value
         except StateDictKeyError as error:
-            raise skipped(step, self.program.name(step.key), name) from error
+            raise skipped(step, self.program, name) from error
         except Exception as error:
             explain_failure(error, f"merge method {name} failed at key {self.program.name(step.key)!r}")
             raise

@@ -75,6 +75,8 @@ class BuiltModelConfig(LazyModelConfigBase):
     Args:
         identifier: `<architecture>-<implementation>`.
         build: returns component name -> key -> metadata.
+        signs: starts of keys, one of which every state dict of this config has a key with; it is built for no other
+            state dict. Numbers between dots are written as `*`. Without any it is built to look at every state dict.
 
     Raises:
         InvalidConfigError: the identifier is malformed.
@@ -84,9 +86,11 @@ class BuiltModelConfig(LazyModelConfigBase):
         self,
         identifier: str,
         build: Callable[[], Mapping[str, ModelComponent | Mapping[str, KeyLike]]],
+        signs: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         check_identifier(identifier)
+        self.signs = signs
         self._identifier = identifier
         self._build = build
 

@@ -104,9 +104,11 @@ class StructuralModelConfig(_TabledConfig):
 
     Args:
         keys: key -> metadata, or the keys alone.
+        source: what it is the config of, for messages; an empty text where that is not known.
     """
 
-    def __init__(self, keys: Mapping[str, KeyLike] | Iterable[str]) -> None:
+    def __init__(self, keys: Mapping[str, KeyLike] | Iterable[str], source: str = "") -> None:
+        self.source = source
         table = keys if isinstance(keys, Mapping) else dict.fromkeys(keys)
         super().__init__("structural", {"keys": ModelComponent(table)})
 

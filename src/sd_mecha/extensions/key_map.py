@@ -40,6 +40,7 @@ from sd_mecha.extensions.key_relations import (
     KeyMap,
     KeyRelation,
     RealizedKeyRelation,
+    Report,
     identity_key_map,
     realize,
 )
@@ -112,6 +113,7 @@ class KeyMapBuilder:
         self._output_keys: Mapping[str, KeyMetadata] = output_config.keys()
         self._relations: list[KeyRelation] = []
         self._made: dict[str, KeyRelation] = {}
+        self._reports: list[Report] = []
 
     def __getattr__(self, name: str) -> ParamProxy:
         # reached only for names that are no attribute; also by copy and pickle before __init__ has run
@@ -146,6 +148,16 @@ class KeyMapBuilder:
             self._made[key] = relation
         self._relations.append(relation)
 
+    def report(self, report: Report) -> None:
+        """Say what of the inputs the map makes nothing of.
+
+        Args:
+            report: called with `available(parameter, key)` when it is known what the inputs can produce; returns
+                texts. Each is logged as a warning, once for each plan; it is an AdapterError instead where the merge
+                has `strict_adapters`, or the node an argument `strict` that is true.
+        """
+        self._reports.append(report)
+
     def build(self) -> KeyMap:
         """Return the map declared so far."""
-        return KeyMap(self._relations)
+        return KeyMap(self._relations, self._reports)

@@ -44,10 +44,23 @@ class RealizedKeyRelation:
         return iter((self.outputs, self.inputs))
 
 
-class KeyMap(Mapping[str, KeyRelation]):
-    """Output key -> the relation that makes it."""
+Available = Callable[[str, str], bool]
+"""(parameter, key) -> whether every input of that parameter can produce the key."""
 
-    def __init__(self, relations: Iterable[KeyRelation]) -> None:
+Report = Callable[[Available], Iterable[str]]
+"""What a map leaves out of inputs that can produce these keys: one text for each thing that a user should know."""
+
+
+class KeyMap(Mapping[str, KeyRelation]):
+    """Output key -> the relation that makes it.
+
+    Args:
+        relations: in order.
+        reports: see `KeyMapBuilder.report`.
+    """
+
+    def __init__(self, relations: Iterable[KeyRelation], reports: Iterable[Report] = ()) -> None:
+        self.reports = tuple(reports)
         self._by_key = {key: relation for relation in relations for key in relation.outputs}
 
     @property
@@ -81,7 +94,7 @@ class ActiveKeyMap(Mapping[str, RealizedKeyRelation]):
         return len(self.simple_map)
 
 
-def realize(relation: KeyRelation, available: Callable[[str, str], bool]) -> RealizedKeyRelation | None:
+def realize(relation: KeyRelation, available: Available) -> RealizedKeyRelation | None:
     """Choose the first alternative whose inputs can all be had.
 
     Args:

@@ -11,6 +11,9 @@ function later, for each key, with values it has read. `tiling` states what the 
     elementwise  element i of the result depends on element i of the tensors and on scalars alone: the engine may pass
                  any flat range; a generator may first `yield` reductions over the whole tensor (see `reductions`)
     rows         the same promise for the first dimension
+    pieces       sees entire tensors, but makes one flat range of the result at a time, named by `tile`, so that a large
+                 result of small inputs is never held; without a `tile` it makes the entire result. A class may have a
+                 static `in_pieces(key_relation)` that says for which keys it can
     select       the result is, bit for bit, the one input that the key map realised; nothing is computed
     shape        the result depends on shape, dtype and device alone; evaluated while planning, no byte is read
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, NoneType
-from typing import Any, get_args, overload
+from typing import Any, Protocol, get_args, overload
 
 from sd_mecha.errors import RecipeTypeError, StateDictKeyError
 from sd_mecha.extensions.method import CandidateDispatchError, MergeMethod, MergeMethodInterface, Tiling
@@ -54,8 +57,10 @@ __all__ = [
     "T",
     "get_all",
     "get_all_converters",
+    "get_conversions_from",
     "get_converter_paths",
     "merge_method",
+    "register_conversions",
     "resolve",
     "skip_key",
     "validate_config_converter",
@@ -63,6 +68,24 @@ __all__ = [
 ]
 
 _registry: Registry[MergeMethod] = Registry("merge method")
+
+
+class Conversions(Protocol):
+    """Conversions that are made when they are asked for."""
+
+    def method(self, identifier: str) -> MergeMethod | None:
+        """The conversion of that name, None if there is none."""
+
+    def starting_at(self, identifier: str) -> list[tuple[str, MergeMethod]]:
+        """The identifiers of configs that one step leads to from a config, each with the conversion."""
+
+
+_conversions: list[Conversions] = []
+
+
+def register_conversions(source: Conversions) -> None:
+    """Add conversions that are made when they are asked for."""
+    _conversions.append(source)
 
 
 @overload
@@ -197,6 +220,11 @@ def _implement(method: MergeMethod, interface: MergeMethod) -> None:
 
 def resolve(identifier: str) -> MergeMethod:
     """The merge method of that name; UnknownNameError (a KeyError) suggests the nearest one."""
+    if isinstance(identifier, str) and identifier not in _registry:
+        for source in _conversions:
+            found = source.method(identifier)
+            if found is not None:
+                return found
     return _registry.resolve(identifier)
 
 
@@ -222,6 +250,12 @@ def get_converter_paths() -> dict[str, list[tuple[str, MergeMethod]]]:
         assert target is not None
         paths.setdefault(source.identifier, []).append((target.identifier, method))
     return paths
+
+
+def get_conversions_from(identifier: str) -> list[tuple[str, MergeMethod]]:
+    """The identifiers of configs that one conversion leads to from a config, each with the conversion."""
+    made = [step for source in _conversions for step in source.starting_at(identifier)]
+    return [*get_converter_paths().get(identifier, []), *made]
 
 
 def skip_key(key: str) -> None:

@@ -15,7 +15,7 @@ from sd_mecha.extensions.parameters import FunctionArgs, Interface, ParameterDat
 from sd_mecha.extensions.values import RecipeNodeOrValue, value_to_node
 from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
 
-Tiling = Literal["whole", "elementwise", "rows", "select", "shape"]
+Tiling = Literal["whole", "elementwise", "rows", "pieces", "select", "shape"]
 
 
 class CandidateDispatchError(RecipeTypeError):
@@ -69,6 +69,7 @@ class MergeMethod:
         call = fn_or_cls.__call__ if inspect.isclass(fn_or_cls) else fn_or_cls
         self.streamed = inspect.isgeneratorfunction(call)
         self.map_keys: Callable[[Any], None] | None = getattr(fn_or_cls, "map_keys", None)
+        self.in_pieces: Callable[[Any], bool] | None = getattr(fn_or_cls, "in_pieces", None)
         self._default_nodes: dict[str, RecipeNode] = {}
         self._merge_spaces = self._each(lambda data: data.merge_space)
         self._configs = self._each(lambda data: data.model_config)

@@ -111,6 +111,10 @@ class Registry(Generic[T]):
             hint = suggestion(str(identifier), list(self._values))
             raise UnknownNameError(f"unknown {self.kind}: {identifier!r}{hint}") from None
 
+    def names(self) -> list[str]:
+        """Return the identifiers registered so far; loads nothing."""
+        return list(self._values)
+
     def get_all(self) -> list[T]:
         """Return all values, those of every plug included, in order of registration."""
         load_plugins()

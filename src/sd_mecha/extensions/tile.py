@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+ALIGNMENT = 4096
+"""Tiles start at multiples of this many elements."""
+
+_PIECE = 1 << 16
+_LARGEST_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +20,16 @@ class Tile:
     stop: int
     numel: int
     shape: tuple[int, ...]
+
+
+def piece_of(shape: tuple[int, ...]) -> int:
+    """Elements of which methods with `tiling="pieces"` make a multiple at a time: whole rows, if they are not too long.
+
+    What is computed piece by piece has the same bits for every range of pieces that is asked for.
+
+    >>> piece_of((640, 320)) // 320
+    256
+    """
+    row = max(math.prod(shape[1:]), 1)
+    unit = math.lcm(row, ALIGNMENT)
+    return ALIGNMENT if unit > _LARGEST_PIECE else -(-_PIECE // unit) * unit

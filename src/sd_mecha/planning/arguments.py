@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ class PlannedCall:
     device: torch.device
     key: str
     relation: RealizedKeyRelation | None
+    config: ModelConfig
+    instance: Callable[..., Any] | None = None  # what to call, where that is kept from key to key
 
     @property
     def slots(self) -> list[int]:
@@ -100,11 +102,8 @@ class PlannedCall:
         args = [self._value(a, make) for a in self.args]
         kwargs = {name: self._value(a, make) for name, a in self.kwargs.items()}
         if method.declaration.accepts_context:
-            relation = self.relation or identity_relation(method, self.key)
-            kwargs |= {"key": self.key, "key_relation": relation, "cache": None, "output_reused": False}
-            if method.tiling in ("elementwise", "rows"):
-                kwargs["tile"] = Tile(0, 1, 1, (1,))
-        return method.instantiate()(*args, **kwargs)
+            kwargs |= context(method, self.key, self.relation, self.config)
+        return (self.instance or method.instantiate())(*args, **kwargs)
 
     def _value(self, arg: Arg, make: Any) -> Any:
         if arg.by_key is not None:
@@ -121,6 +120,17 @@ class PlannedCall:
             return PLACEHOLDERS[convert]
         spec = self.specs[slot]
         return make(spec) if isinstance(spec, TensorEntry) else PLACEHOLDERS[spec]
+
+
+def context(method: MergeMethod, key: str, relation: RealizedKeyRelation | None, config: ModelConfig) -> dict[str, Any]:
+    """What a method finds in its `**kwargs` while planning; one that runs then alone also finds the node's config."""
+    relation = relation or identity_relation(method, key)
+    found = {"key": key, "key_relation": relation, "cache": None, "output_reused": False}
+    if method.tiling in ("elementwise", "rows"):
+        found["tile"] = Tile(0, 1, 1, (1,))
+    if method.tiling == "shape":
+        found["config"] = config
+    return found
 
 
 def convert_constant(value: Any, wanted: Any, merge_dtype: torch.dtype | None) -> Any:

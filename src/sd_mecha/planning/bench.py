@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Workbench:
     origins: dict[RecipeNode, int] = field(default_factory=dict)
     called: dict[object, int] = field(default_factory=dict)
     key_maps: KeyMaps = field(default_factory=KeyMaps)
+    instances: dict[RecipeNode, Callable[..., Any]] = field(default_factory=dict)  # of methods that run while planning
     _bound: dict[RecipeNode, tuple[Bound, ...]] = field(default_factory=dict)
     _paths: dict[tuple[RecipeNode, RecipeNode], str] = field(default_factory=dict)
 
@@ -73,6 +74,13 @@ class Workbench:
             cache = None if node is None else self.caches.get(node)
             self.callables.append(Callee(method, cache))
         return self.called[token]
+
+    def instance(self, node: MergeRecipeNode) -> Callable[..., Any] | None:
+        """What is called for a node at every key, if its method runs while planning; otherwise None."""
+        method = method_of(node)
+        if method.tiling == "shape" and node not in self.instances:
+            self.instances[node] = method.instantiate()
+        return self.instances.get(node)
 
     def bound(self, node: MergeRecipeNode) -> tuple[Bound, ...]:
         """The arguments of a merge node with the parameters that they are bound to."""

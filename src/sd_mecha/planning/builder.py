@@ -50,6 +50,10 @@ class Builder:
     def add_output(self, target: int, key: str) -> None:
         """Let the value of a target's root at `key` be written."""
         self.look_at(target)
+        if key in self.target.facts.carried:
+            slot = self._carried(key)
+            self.outputs.append(Output(slot, target, self.name(key), self._entry(slot)))
+            return
         slot = self._value((self.target.root, key))
         precision, casts = self.bench.precision, self._casts(slot)
         loads = [x for x in self.loads_below([slot]) if isinstance(self.bench.nodes[x.origin], ModelRecipeNode)]
@@ -61,6 +65,12 @@ class Builder:
             entry = self._entry(slot)
             entry = TensorEntry(entry.shape, integers.output_dtype(entry.dtype, precision, loads, casts))
         self.outputs.append(Output(slot, target, self.name(key), entry))
+
+    def _carried(self, key: str) -> int:
+        node = self.target.facts.carried[key]
+        reader = self.bench.models.index[node]
+        stored = self.bench.models.readers[reader].entries[key]
+        return self._load(reader, self.name(key), stored, stored.dtype, self.bench.origin(node), False)
 
     def _casts(self, slot: int) -> bool:
         """Whether the recipe itself decides on the dtype of a value."""
@@ -282,7 +292,10 @@ class Builder:
         result = self.bench.results.get(memo)
         if result is None:
             device = self.bench.precision.merge_device or torch.device("cpu")
-            call = PlannedCall(method, positional, dict(named), self.specs, self.constants, device, key, relation)
+            call = PlannedCall(
+                method, positional, dict(named), self.specs, self.constants, device, key, relation,
+                self.target.configs[node], self.bench.instance(node),
+            )  # fmt: skip
             try:
                 if call.is_constant:
                     self._slots[node, key] = self._constant(call.run())

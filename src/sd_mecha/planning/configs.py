@@ -15,9 +15,9 @@ from typing import cast
 from sd_mecha.errors import ConfigError
 from sd_mecha.extensions import model_configs
 from sd_mecha.extensions.method import method_of
-from sd_mecha.extensions.model_configs import KeyMetadata, ModelConfig, StructuralModelConfig, is_stub
+from sd_mecha.extensions.model_configs import Fit, KeyMetadata, ModelConfig, StructuralModelConfig, is_stub
 from sd_mecha.planning.opening import OpenModels
-from sd_mecha.planning.trail import path_to
+from sd_mecha.planning.trail import describe, path_to
 from sd_mecha.planning.unify import Classes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
@@ -60,7 +60,7 @@ class ConfigFacts:
             if c.config is not None and c.config is not model_configs.INFER:
                 if c.config.identifier != config.identifier:
                     return False
-            elif c.entries and config not in model_configs.candidates(c.entries.keys()):
+            elif c.entries and config not in model_configs.fits(c.entries, [config]):
                 return False
         return True
 
@@ -186,7 +186,7 @@ def _check_votes(root: RecipeNode, config: ModelConfig, constraints: list[Config
     """A state dict without a declared config must at least look like the one that its class has."""
     certain = {c.node for c in constraints if c.config is not None}
     for c in constraints:
-        if c.entries and c.node not in certain and config not in model_configs.candidates(c.entries.keys()):
+        if c.entries and c.node not in certain and config not in model_configs.fits(c.entries, [config]):
             example = next(iter(c.entries))
             raise ConfigError(
                 f"config {config.identifier} does not fit {path_to(root, c.node)}: fewer than 10 % of its keys "
@@ -196,8 +196,10 @@ def _check_votes(root: RecipeNode, config: ModelConfig, constraints: list[Config
 
 def _check_mixture(root: RecipeNode, constraints: list[ConfigConstraint]) -> None:
     """Two state dicts that fit different known configs, and none in common, cannot be merged key by key."""
-    voters = [(c, model_configs.candidates(c.entries.keys())) for c in constraints if c.entries]
-    known = [(c, found) for c, found in voters if found and isinstance(c.node, ModelRecipeNode)]
+    models = [(c, c.entries) for c in constraints if c.entries and isinstance(c.node, ModelRecipeNode)]
+    every = list(dict.fromkeys(config for _, entries in models for config in model_configs.fits(entries)))
+    voters = [(c, model_configs.fits(entries, every)) for c, entries in models]
+    known = [(c, found) for c, found in voters if found]
     for (one, first), (other, second) in itertools.pairwise(known):
         if not first.keys() & second.keys():
             raise ConfigError(
@@ -206,27 +208,26 @@ def _check_mixture(root: RecipeNode, constraints: list[ConfigConstraint]) -> Non
             )
 
 
-def _best(candidates: Mapping[ModelConfig, float]) -> str:
+def _best(candidates: Mapping[ModelConfig, Fit]) -> str:
     return min(candidates, key=lambda c: candidates[c]).identifier
 
 
 def candidates_of(constraints: Iterable[ConfigConstraint]) -> list[ModelConfig]:
-    """Known configs that every state dict of a class may have, the one that leaves fewest keys unknown first."""
-    scores: dict[ModelConfig, float] | None = None
-    memo: dict[frozenset[str], dict[ModelConfig, float]] = {}
+    """Known configs that every state dict of a class may have, the one that fits best first."""
+    voters: dict[int, Entries] = {}  # one state dict may stand in many nodes, which then share a vote
+    scores: dict[ModelConfig, Fit] | None = None
     for c in constraints:
         if c.config is not None and not is_stub(c.config):
             return [c.config]
-        if not c.entries:
-            continue
-        keys = frozenset(c.entries)
-        if keys not in memo:
-            memo[keys] = model_configs.candidates(keys)
-        shares = memo[keys]
+        if c.entries:
+            voters[id(c.entries)] = c.entries
+    every = list(dict.fromkeys(config for entries in voters.values() for config in model_configs.fits(entries)))
+    for entries in voters.values():
+        found = model_configs.fits(entries, every)
         if scores is None:
-            scores = dict(shares)
+            scores = found
         else:
-            scores = {config: total + shares[config] for config, total in scores.items() if config in shares}
+            scores = {config: total.plus(found[config]) for config, total in scores.items() if config in found}
         if not scores:
             return []
     return sorted(scores or (), key=lambda config: (scores or {})[config])
@@ -234,6 +235,8 @@ def candidates_of(constraints: Iterable[ConfigConstraint]) -> list[ModelConfig]:
 
 def structural(constraints: Iterable[ConfigConstraint]) -> StructuralModelConfig:
     """The keys that all state dicts of a class have in common, in the order of the first one."""
+    constraints = list(constraints)
+    nodes = [c.node for c in constraints if c.entries is not None]
     voters = [c.entries for c in constraints if c.entries is not None]
     if not voters:
         return StructuralModelConfig(())
@@ -244,4 +247,4 @@ def structural(constraints: Iterable[ConfigConstraint]) -> StructuralModelConfig
     for key, entry in first.items():
         if all(key in other for other in distinct):
             keys[key] = KeyMetadata() if entry is None else KeyMetadata(entry.shape, entry.dtype)
-    return StructuralModelConfig(keys)
+    return StructuralModelConfig(keys, next((describe(n) for n in nodes if isinstance(n, ModelRecipeNode)), ""))

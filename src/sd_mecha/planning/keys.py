@@ -18,6 +18,7 @@ from sd_mecha.extensions.key_map import KeyMap, RealizedKeyRelation, realize
 from sd_mecha.extensions.method import MergeMethod, method_of
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.extensions.parameters import StateDict
+from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.opening import OpenModels
 from sd_mecha.planning.trail import named_children
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
@@ -41,6 +42,10 @@ class KeyFacts:
     """Whether a selecting method leaves out keys on purpose."""
     stored: dict[RecipeNode, Mapping[str, str]] = field(default_factory=dict)
     """Model nodes whose file uses other names: key of the config -> name in the file."""
+    carried: dict[str, ModelRecipeNode] = field(default_factory=dict)
+    """Markers that the result would lose: key -> the first model that has it, which it is copied from."""
+    reports: dict[str, bool] = field(default_factory=dict)
+    """What key maps leave out of their inputs, and whether that is an error."""
     created: dict[RecipeNode, int] = field(default_factory=dict)
     """Model nodes whose config makes keys that the file lacks: the reader that holds them."""
 
@@ -110,7 +115,31 @@ class _Solver:
             if gone := self.missing.get(node):
                 keys = self._intern(keys - gone)
             self.facts.available[node] = keys
+        self._carry(order)
         return self.facts
+
+    def _carry(self, order: list[RecipeNode]) -> None:
+        """Find the markers of the models that the last node is made of, where it has none itself."""
+        kept = self.facts.available[order[-1]]
+        if not kept:
+            return
+        wanted = self.configs[order[-1]].identifier
+        dropped = {  # with their component, on purpose
+            key
+            for component in self.configs[order[-1]].components().values()
+            if kept.isdisjoint(component.keys())
+            for key in component.keys()  # noqa: SIM118 (it is no mapping)
+        }
+        markers: dict[int, list[str]] = {}
+        for node in order:
+            if not isinstance(node, ModelRecipeNode) or self.configs[node].identifier != wanted:
+                continue
+            place = self.models.index[node]
+            if place not in markers:
+                markers[place] = [name for name in self.models[node].entries if is_marker(name)]
+            for name in markers[place]:
+                if name not in kept and name not in dropped:
+                    self.facts.carried.setdefault(name, node)
 
     def _intern(self, keys: KeySet) -> KeySet:
         return self._interned.setdefault(keys, keys)
@@ -180,15 +209,25 @@ class _Solver:
         available = {name: self._meet(*(self.facts.available[c] for c in group)) for name, group in by_param.items()}
         key_map = self._key_map(method, by_param, self.configs[node])
         memo = ("realized", id(key_map), tuple((name, id(keys)) for name, keys in available.items()))
+        empty: KeySet = frozenset()
+
+        def has(param: str, key: str) -> bool:
+            return key in available.get(param, empty)
+
+        for text in (text for report in key_map.reports for text in report(has)):
+            strict = self.facts.reports.get(text, False)
+            self.facts.reports[text] = strict or any(self._is_true(node) for node in by_param.get("strict", ()))
         if memo not in self._realized:
             found: dict[str, RealizedKeyRelation] = {}
-            empty: KeySet = frozenset()
             for relation in key_map.relations:
-                chosen = realize(relation, lambda param, key: key in available.get(param, empty))
+                chosen = realize(relation, has)
                 if chosen is not None:
                     found.update(dict.fromkeys(chosen.outputs, chosen))
             self._realized[memo] = found
         return self._realized[memo]
+
+    def _is_true(self, node: RecipeNode) -> bool:
+        return constant(node, self.facts) is True
 
     def _key_map(self, method: MergeMethod, by_param: Mapping[str, list[RecipeNode]], output: ModelConfig) -> KeyMap:
         varargs = method.declaration.names.vararg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +13,16 @@ import torch
 
 from sd_mecha.errors import MechaError, ModelAccessError, PlanError
 from sd_mecha.extensions import model_dirs, model_formats
+from sd_mecha.extensions.config_prefix import foreign_prefix
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.memory import MemoryReader
+from sd_mecha.storage.renamed import RenamedReader
+from sd_mecha.storage.scaled_fp8 import ScaledReader, find_scales
+
+_logger = logging.getLogger("sd_mecha")
 
 
 @dataclass
@@ -73,7 +79,7 @@ def open_models(*roots: RecipeNode) -> OpenModels:
             continue
         if source not in by_source:
             try:
-                reader = _open(node, where)
+                reader = _as_known(_open(node, where))
             except MechaError as error:
                 problems.append(error)
                 continue
@@ -104,6 +110,21 @@ def _open(node: ModelRecipeNode, path: Path) -> Reader:
         return MemoryReader(node.state_dict, "in-memory model")
     with _reporting(node):
         return model_formats.find(path).reader(path)
+
+
+def _as_known(reader: Reader) -> Reader:
+    """A model as the rest of planning knows it: fp8 matrices times their scales, keys without a foreign prefix."""
+    scales = find_scales(reader.entries, reader.name)
+    if scales:
+        reader = ScaledReader(reader, scales)
+    prefix = foreign_prefix(reader.entries)
+    if not prefix:
+        return reader
+    _logger.info("%s: keys are read without their prefix %r", reader.name, prefix)
+    names = {name: name[len(prefix) :] for name in reader.entries if name.startswith(prefix)}
+    if any(here in reader.entries for here in names.values()):
+        return reader
+    return RenamedReader(reader, names)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd_mecha.errors import EmptyMergeError, PlanError, ShapeError
+from sd_mecha.errors import AdapterError, EmptyMergeError, PlanError, ShapeError
 from sd_mecha.extensions.merge_spaces import MergeSpace
 from sd_mecha.extensions.model_configs import ModelConfig, is_stub
 from sd_mecha.planning import explain
@@ -18,6 +18,7 @@ from sd_mecha.planning.configs import solve_configs
 from sd_mecha.planning.finalize import fill_in
 from sd_mecha.planning.interfaces import choose_implementations
 from sd_mecha.planning.keys import KeyMaps, Missing, Source, solve_keys
+from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.opening import OpenModels, open_models
 from sd_mecha.planning.program import Callee, Load, Program, Template
 from sd_mecha.planning.programs import build, plan_programs
@@ -43,6 +44,7 @@ class PlanOptions:
     allow_empty_merge: bool = False
     memoize_intermediates: bool = True
     caches: Mapping[RecipeNode, Any] = field(default_factory=dict)
+    strict_adapters: bool = False
 
 
 @dataclass
@@ -124,11 +126,13 @@ class Plan:
         bench = Workbench(
             self.models, targets, self.options.precision, self.bench.caches, self.bench.nodes, self.bench.callables,
             origins=self.bench.origins, called=self.bench.called, key_maps=self.bench.key_maps,
+            instances=self.bench.instances,
         )  # fmt: skip
         wanted: dict[str, list[int]] = {}
         lost = []
         for number, key, _ in program.outputs:
-            if key in targets[number].facts.available[targets[number].root]:
+            facts = targets[number].facts
+            if key in facts.available[targets[number].root] or key in facts.carried:
                 wanted.setdefault(key, []).append(number)
             else:
                 lost.append((number, key))
@@ -213,6 +217,7 @@ def _plan(roots: Sequence[RecipeNode], models: OpenModels, options: PlanOptions)
         solved.append((root, spaces, configs))
     skipped: set[Source] = set()
     key_maps = KeyMaps()
+    instances: dict[RecipeNode, Any] = {}
     while True:
         targets, keys = [], []
         for root, _, configs in solved:
@@ -221,13 +226,14 @@ def _plan(roots: Sequence[RecipeNode], models: OpenModels, options: PlanOptions)
             names = _order(root, models, facts.available[root])
             if not (names or options.allow_empty_merge or facts.skips or skipped):
                 raise EmptyMergeError(_why_empty(root, models, configs, facts.available))
-            keys.append(names)
-        bench = Workbench(models, targets, options.precision, caches, key_maps=key_maps)
+            keys.append([*names, *facts.carried])
+        bench = Workbench(models, targets, options.precision, caches, key_maps=key_maps, instances=instances)
         programs = plan_programs(bench, keys, options.memoize_intermediates)
         if not bench.skipped:
             break
         skipped |= bench.skipped  # without them other inputs may take their place: solved anew
     _raise_problems(bench)
+    _say(targets, options.strict_adapters)
     layouts: list[dict[str, TensorEntry]] = [{} for _ in roots]
     for program in programs:
         for number, key, entry in program.outputs:
@@ -253,6 +259,18 @@ def _solve(
     if spaces is None or configs is None:
         raise type(errors[0])([line for error in errors for line in error.problems])
     return spaces, configs
+
+
+def _say(targets: Iterable[Target], strict: bool) -> None:
+    """Warn of what key maps leave out of their inputs, or refuse it."""
+    reports: dict[str, bool] = {}
+    for target in targets:
+        for text, is_refused in target.facts.reports.items():
+            reports[text] = reports.get(text, strict) or is_refused
+    if refused := [text for text, is_refused in reports.items() if is_refused]:
+        raise AdapterError(refused)
+    for text in reports:
+        _logger.warning("%s", text)
 
 
 def _raise_problems(bench: Workbench) -> None:
@@ -294,7 +312,7 @@ def check_models(
             continue
         checked.add((models.index[node], id(config)))
         present = {config.resolve_alias(name) for name in reader.entries}
-        if check_extra_keys and (extra := sorted(present - config.keys().keys())):
+        if check_extra_keys and (extra := sorted(k for k in present - config.keys().keys() if not is_marker(k))):
             unknown = "in every input" if config.identifier == "structural" else f"in config {config.identifier}"
             _logger.warning(
                 "%s: %d of %d keys are not %s and are left out, such as %s",

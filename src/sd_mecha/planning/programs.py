@@ -7,16 +7,18 @@ Recipes that rename or regroup keys get a template of their own for each key or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from sd_mecha.errors import ShapeError
+from sd_mecha.errors import ShapeError, StateDictKeyError
 from sd_mecha.extensions.method import method_of
+from sd_mecha.planning.arguments import context, convert_constant
 from sd_mecha.planning.bench import Target, Workbench
 from sd_mecha.planning.builder import Builder, Instance
+from sd_mecha.planning.keys import KeyFacts
 from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.program import Output, Program, Template
 from sd_mecha.planning.tiling import cut
@@ -99,6 +101,8 @@ class Signatures:
     """What tells the programs of two keys apart, for recipes that map key k to key k."""
 
     def __init__(self, bench: Workbench, target: Target) -> None:
+        self.bench = bench
+        self.target = target
         self.models = bench.models
         self.facts = facts = target.facts
         self.sources: list[RecipeNode] = []
@@ -114,10 +118,13 @@ class Signatures:
             mapped = node in facts.chosen or node in facts.realized
             if (leaf or mapped) and node not in broadcast and not (leaf and node in inside):
                 self.sources.append(node)
+        self.by_key = {node: self._plain_arguments(node, broadcast) for node in order if _differs_by_key(node, facts)}
 
     def of(self, key: str) -> tuple[Any, ...] | None:
         """The signature of a key; None where some source feeds it from another key."""
         facts, models = self.facts, self.models
+        if key in facts.carried:
+            return None
         parts: list[Any] = []
         for node in self.sources:
             if key not in facts.available[node]:
@@ -140,7 +147,48 @@ class Signatures:
                 if relation.outputs != (key,) or any(k not in ((key,), ()) for k in relation.inputs.values()):
                     return None
                 parts.append((tuple((p, bool(k)) for p, k in relation.inputs.items()), id(relation.meta)))
+        for node, arguments in self.by_key.items():
+            parts.append(self._result(node, arguments, key) if key in facts.available[node] else None)
         return tuple(parts)
+
+    def _plain_arguments(
+        self, node: MergeRecipeNode, broadcast: Collection[RecipeNode]
+    ) -> tuple[list[Any], dict[str, Any]] | None:
+        """The arguments of a call for which numbers and strings stand in the recipe; None if there are others."""
+        values: list[Any] = []
+        for _, data, child in self.bench.bound(node):
+            source, at = self._source(child) if child in broadcast else (None, "")
+            value = source.value_dict[at] if isinstance(source, LiteralRecipeNode) else source
+            if value is source or isinstance(value, (RecipeNode, torch.Tensor)):
+                return None
+            values.append(convert_constant(value, data.interface, self.bench.precision.merge_dtype))
+        count = len(node.args)
+        return values[:count], dict(zip(node.kwargs, values[count:], strict=True))
+
+    def _source(self, node: RecipeNode) -> tuple[RecipeNode | None, str]:
+        """The value that a node gives to every key."""
+        for key in self.facts.available[node]:
+            return self.facts.chosen[node](key) or (None, "")
+        return None, ""
+
+    def _result(self, node: MergeRecipeNode, arguments: tuple[list[Any], dict[str, Any]] | None, key: str) -> Any:
+        """What a method that runs while planning makes of a key; the key itself where that is not known here."""
+        call = self.bench.instance(node)
+        if arguments is None or call is None:
+            return key
+        args, kwargs = arguments
+        try:
+            return _value_token(call(*args, **kwargs, **context(method_of(node), key, None, self.target.configs[node])))
+        except StateDictKeyError:
+            return key
+
+
+def _differs_by_key(node: RecipeNode, facts: KeyFacts) -> TypeGuard[MergeRecipeNode]:
+    """Whether a method runs while planning and is told the key, so that its results may differ between keys."""
+    if not isinstance(node, MergeRecipeNode) or node in facts.chosen or node in facts.realized:
+        return False
+    method = method_of(node)
+    return method.tiling == "shape" and method.declaration.accepts_context
 
 
 def _is_singleton(target: Target, node: RecipeNode) -> bool:
@@ -164,6 +212,8 @@ def _groups(
     maker: dict[object, str] = {}
     for key in keys:
         for target in wanted[key]:
+            if key in bench.targets[target].facts.carried:
+                continue
             realized = bench.targets[target].facts.realized
             for node, at in _calls_below(bench, target, key):
                 relation = realized.get(node, {}).get(at)

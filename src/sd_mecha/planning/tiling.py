@@ -1,8 +1,9 @@
 """Which calls run on tiles, and how the steps of a template are cut into stages.
 
 A call runs on tiles if its method promises that this is the same, and if its tensors all have one shape: then any
-flat range of the result needs that range of each input alone. One-element tensors are passed whole. Everything else
-sees entire tensors, and what it needs is assembled for it first.
+flat range of the result needs that range of each input alone. One-element tensors are passed whole. A method that
+makes its result in pieces gets entire tensors, but runs on tiles as well. Everything else sees entire tensors, and
+what it needs is assembled for it first.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ import math
 from collections.abc import Iterable, Sequence
 
 from sd_mecha.extensions.reductions import BLOCK
+from sd_mecha.extensions.tile import piece_of
 from sd_mecha.planning.arguments import PlannedCall
 from sd_mecha.planning.program import Call, Load, Output, Stage, Step, Store, Template, Tiles, Whole
 from sd_mecha.planning.shapes import Spec
 from sd_mecha.storage.contract import TensorEntry
 
 LARGEST_ROW_TILE = 1 << 22
+PIECES = "result in pieces"
 
 
 def decide(call: PlannedCall, results: Sequence[Spec]) -> tuple[bool, str]:
     """Whether a call runs on tiles, and why."""
     method = call.method
+    if method.tiling == "pieces":
+        one = len(results) == 1 and isinstance(results[0], TensorEntry)
+        if one and (method.in_pieces is None or method.in_pieces(call.relation)):
+            return True, PIECES
     if method.tiling not in ("elementwise", "rows"):
         return False, f"{method.identifier} sees entire tensors"
     if len(results) != 1:
@@ -113,7 +120,10 @@ class _Cutter:
             if step is None or slot in self.whole or slot in needed:
                 continue
             needed[slot] = step
-            if isinstance(step, Call):
+            if isinstance(step, Call) and step.why == PIECES:
+                for entire in step.inputs:
+                    self._materialise(entire)
+            elif isinstance(step, Call):
                 stack.extend(step.inputs)
         steps: list[Step] = []
         for step in sorted({id(s): s for s in needed.values()}.values(), key=lambda s: self.position[id(s)]):
@@ -137,7 +147,7 @@ class _Cutter:
                 tuple(writes),
                 tuple(keeps),
                 deferred,
-                math.lcm(row, BLOCK) if row else BLOCK,
+                math.lcm(row or 1, *(self._piece(step) for step in steps), BLOCK),
                 self._element_bytes(steps, frees, deferred, list(writes)),
                 row,
             )
@@ -150,6 +160,11 @@ class _Cutter:
                 assert isinstance(entry, TensorEntry)
                 return max(math.prod(entry.shape[1:]), 1)
         return 0
+
+    def _piece(self, step: Step) -> int:
+        if isinstance(step, Load) or step.why != PIECES:
+            return 1
+        return piece_of(self._shape(step.slots[0]))
 
     def _shared_slots(self) -> set[int]:
         """Results of tiled calls that several groups of outputs read, and that are kept rather than made again."""

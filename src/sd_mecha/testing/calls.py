@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_mecha.extensions.key_map import RealizedKeyRelation
 from sd_mecha.extensions.merge_methods import MergeMethod, StateDict
-from sd_mecha.extensions.model_configs import ModelConfig
+from sd_mecha.extensions.model_configs import ModelConfig, StructuralModelConfig
 from sd_mecha.extensions.reductions import run_whole
 from sd_mecha.extensions.tile import Tile
 
@@ -90,6 +90,8 @@ class DirectCall:
                 "output_reused": False,
                 "tile": tile,
             }
+            if self.method.tiling == "shape":
+                context["config"] = StructuralModelConfig(self.relation.outputs)
         args = [_changed(value, change) for value in self.args]
         kwargs = {name: _changed(value, change) for name, value in self.kwargs.items()}
         return self.method.instantiate()(*args, **kwargs, **context)

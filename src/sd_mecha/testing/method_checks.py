@@ -38,7 +38,8 @@ def check_merge_method(
 
     - It modifies no input.
     - Twice the same call gives the same bits.
-    - With `tiling="elementwise"` or `"rows"`, pieces give the bits of the whole; with `"select"`, the result
+    - With `tiling="elementwise"` or `"rows"`, pieces give the bits of the whole, and with `"pieces"` those of other
+      pieces; with `"select"`, the result
       is one of the inputs; with `"shape"`, other numbers give the same result.
     - Run on torch's meta device, while planning, it gives the shape and dtype that it really returns.
     - Merged by the engine, the bits do not depend on the memory budget or the number of threads.
@@ -88,9 +89,10 @@ class _Check:
 
     def run(self) -> None:
         before = [t.clone() for t in self.call.tensors()]
-        result = self.call.run(tile=self.whole)
+        whole = None if self.method.tiling == "pieces" else self.whole
+        result = self.call.run(tile=whole)
         self._unmodified(before, "whole tensors")
-        again = self.call.run(tile=self.whole)
+        again = self.call.run(tile=whole)
         if not same(result, again):
             self._fail("called twice with the same inputs, it returns different results", result, again)
         self._planned(result)
@@ -100,6 +102,9 @@ class _Check:
         elif self.method.tiling == "rows" and len(self.shape) > 1:
             self._pieces(result, flat=False)
             self._unmodified(before, "rows")
+        elif self.method.tiling == "pieces":
+            self._ranges_of(result)
+            self._unmodified(before, "pieces")
         elif self.method.tiling == "select":
             self._selected(result)
         elif self.method.tiling == "shape":
@@ -114,10 +119,11 @@ class _Check:
                 self._fail(f"it modified its tensor input number {index}, called on {what}", new, old)
 
     def _planned(self, result: Any) -> None:
+        whole = None if self.method.tiling == "pieces" else self.whole
         first = self.call.tensors()[0] if self.call.tensors() else None
         entry = None if first is None else TensorEntry(tuple(first.shape), first.dtype)
         outputs = self.call.relation.outputs
-        specs, assumed = run_on_meta(lambda: self.call.open(lambda t: t.to("meta"), self.whole), outputs, entry)
+        specs, assumed = run_on_meta(lambda: self.call.open(lambda t: t.to("meta"), whole), outputs, entry)
         for key, spec in zip(outputs, specs, strict=True):
             value = result[key] if isinstance(result, Mapping) else result
             real = TensorEntry(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
@@ -148,6 +154,21 @@ class _Check:
                 unit = "elements" if flat else "rows"
                 what = f'declares tiling="{self.method.tiling}", but {unit} {start}:{stop} on their own differ'
                 self._fail(f"{what} from those of the whole", got, expected)
+
+    def _ranges_of(self, result: Any) -> None:
+        if not isinstance(result, Tensor):
+            self._fail(f'declares tiling="pieces", but returns a {type(result).__name__}')
+        if self.method.in_pieces is not None and not self.method.in_pieces(self.call.relation):
+            return
+        numel, shape = result.numel(), tuple(result.shape)
+        expected = self.call.run(tile=Tile(0, numel, numel, shape)).reshape(-1)
+        for start, stop in _ranges(numel):
+            got = self.call.run(tile=Tile(start, stop, numel, shape))
+            if not same(got, expected[start:stop]):
+                what = (
+                    f'declares tiling="pieces", but elements {start}:{stop} on their own differ from those of the rest'
+                )
+                self._fail(what, got, expected[start:stop])
 
     def _selected(self, result: Any) -> None:
         if not any(same(result, t) for t in self.call.tensors()):

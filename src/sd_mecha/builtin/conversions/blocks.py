@@ -41,6 +41,36 @@ class convert_sd1_blocks_to_ldm:
         return blocks[key]
 
 
+@merge_method(tiling="select", reuse_outputs=False, is_conversion=True)
+class convert_sdxl_blocks_to_sgm:
+    """Give every key of a Stable Diffusion XL checkpoint the value of its block.
+
+    Formula: `result[k] = blocks[block of k]`: IN00 to IN08, M00, OUT00 to OUT08 (with the output layer), VAE, BASE
+    for all else.
+
+    Args:
+        blocks: a literal of config `sdxl-supermerger_blocks`, for instance `{"BASE": 0.1, "IN00": 0.9, ...}`.
+
+    Use when: `weighted_sum(a, b, alpha=sd_mecha.convert(blocks, a))` should weigh blocks differently.
+    Cost: none.
+    Source: block-weighted merging of the image-model merging community.
+
+    >>> block_of("model.diffusion_model.out.2.bias", last_block="OUT08", has_vae_block=True)
+    'OUT08'
+    """
+
+    @staticmethod
+    def map_keys(builder: Any) -> None:
+        for key in builder.out.keys():  # noqa: SIM118 (it is no mapping)
+            builder[key] = builder.blocks.keys[block_of(key, last_block="OUT08", has_vae_block=True)]
+
+    def __call__(
+        self, blocks: Parameter(StateDict[T], model_config="sdxl-supermerger_blocks"), **kwargs: Any
+    ) -> Return(T, model_config="sdxl-sgm"):
+        (key,) = kwargs["key_relation"].inputs["blocks"]
+        return blocks[key]
+
+
 def block_of(key: str, last_block: str, has_vae_block: bool = False) -> str:
     """The block that a key of an original-layout checkpoint belongs to.
 

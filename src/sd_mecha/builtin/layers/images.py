@@ -1,30 +1,13 @@
-"""Keys and shapes of the layers that latent diffusion models of the original (CompVis) layout are made of.
-
-Each function returns key -> shape below the layer; `nest` puts layers under names.
-"""
+"""Keys and shapes of the UNet and the autoencoder of images of the original layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
-Shapes = dict[str, tuple[int, ...]]
+from sd_mecha.builtin.layers.basic import Shapes, conv, linear, nest, norm
 
-
-def nest(layers: Mapping[str | int, Shapes]) -> Shapes:
-    """Prefix the keys of each layer with its name."""
-    return {f"{name}.{key}": shape for name, shapes in layers.items() for key, shape in shapes.items()}
-
-
-def conv(outputs: int, inputs: int, kernel: int = 3) -> Shapes:
-    return {"weight": (outputs, inputs, kernel, kernel), "bias": (outputs,)}
-
-
-def linear(outputs: int, inputs: int, *, bias: bool = True) -> Shapes:
-    return {"weight": (outputs, inputs)} | ({"bias": (outputs,)} if bias else {})
-
-
-def norm(channels: int) -> Shapes:
-    return {"weight": (channels,), "bias": (channels,)}
+VAE_WIDTHS = (1, 2, 4, 4)
+"""Multiple of the channels of the first level for each level of the autoencoders of images."""
 
 
 def attention(width: int, context: int) -> Shapes:
@@ -39,8 +22,9 @@ def attention(width: int, context: int) -> Shapes:
     )
 
 
-def spatial_transformer(width: int, context: int, depth: int) -> Shapes:
-    """Transformer blocks over the pixels of a feature map, between 1x1 convolutions."""
+def spatial_transformer(width: int, context: int, depth: int, *, linear_projections: bool = False) -> Shapes:
+    """Transformer blocks over the pixels of a feature map, between 1x1 convolutions or linear layers."""
+    projection = linear(width, width) if linear_projections else conv(width, width, 1, 1)
     block = nest(
         {
             "norm1": norm(width),
@@ -55,15 +39,15 @@ def spatial_transformer(width: int, context: int, depth: int) -> Shapes:
     return nest(
         {
             "norm": norm(width),
-            "proj_in": conv(width, width, 1),
-            "proj_out": conv(width, width, 1),
+            "proj_in": projection,
+            "proj_out": projection,
             **{f"transformer_blocks.{i}": block for i in range(depth)},
         }
     )
 
 
 def unet_residual(outputs: int, inputs: int, embedding: int) -> Shapes:
-    layers: dict[str | int, Shapes] = {
+    layers: dict[str, Shapes] = {
         "in_layers.0": norm(inputs),
         "in_layers.2": conv(outputs, inputs),
         "emb_layers.1": linear(outputs, embedding),
@@ -71,36 +55,53 @@ def unet_residual(outputs: int, inputs: int, embedding: int) -> Shapes:
         "out_layers.3": conv(outputs, outputs),
     }
     if inputs != outputs:
-        layers["skip_connection"] = conv(outputs, inputs, 1)
+        layers["skip_connection"] = conv(outputs, inputs, 1, 1)
     return nest(layers)
 
 
-def unet(*, latent: int, base: int, widths: tuple[int, ...], depths: tuple[int, ...], context: int) -> Shapes:
+def unet(
+    *,
+    latent: int,
+    base: int,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    context: int,
+    labels: int = 0,
+    linear_projections: bool = False,
+    inputs: int | None = None,
+) -> Shapes:
     """A UNet with two residual blocks per level on the way down and three on the way up.
 
     Args:
-        latent: channels of the input and output.
+        latent: channels of the output, and of the input unless `inputs` says otherwise.
         base: channels of the first level.
         widths: multiple of `base` for each level.
         depths: transformer blocks per residual block for each level; the middle has as many as the deepest
             level that has any.
         context: channels of the text that is attended to.
+        labels: channels of the vector of further conditions that joins the time, 0 for none.
+        linear_projections: whether linear layers rather than 1x1 convolutions surround the transformer blocks.
+        inputs: channels of the input, by default as many as of the output.
     """
+    transformer = partial(spatial_transformer, context=context, linear_projections=linear_projections)
     embedding = 4 * base
     residuals = 2
     levels = [(base * multiple, depth) for multiple, depth in zip(widths, depths, strict=True)]
-    layers: dict[str | int, Shapes] = {
+    layers: dict[str, Shapes] = {
         "time_embed.0": linear(embedding, base),
         "time_embed.2": linear(embedding, embedding),
-        "input_blocks.0.0": conv(base, latent),
+        "input_blocks.0.0": conv(base, latent if inputs is None else inputs),
     }
+    if labels:
+        layers["label_emb.0.0"] = linear(embedding, labels)
+        layers["label_emb.0.2"] = linear(embedding, embedding)
     channels, block = base, 1
     skipped = [base]  # channels that each output block takes over from the way down
     for level, (width, depth) in enumerate(levels):
         for _ in range(residuals):
             layers[f"input_blocks.{block}.0"] = unet_residual(width, channels, embedding)
             if depth:
-                layers[f"input_blocks.{block}.1"] = spatial_transformer(width, context, depth)
+                layers[f"input_blocks.{block}.1"] = transformer(width, depth=depth)
             channels, block = width, block + 1
             skipped.append(channels)
         if level + 1 < len(levels):
@@ -108,14 +109,14 @@ def unet(*, latent: int, base: int, widths: tuple[int, ...], depths: tuple[int, 
             block += 1
             skipped.append(channels)
     layers["middle_block.0"] = unet_residual(channels, channels, embedding)
-    layers["middle_block.1"] = spatial_transformer(channels, context, [depth for depth in depths if depth][-1])
+    layers["middle_block.1"] = transformer(channels, depth=[depth for depth in depths if depth][-1])
     layers["middle_block.2"] = unet_residual(channels, channels, embedding)
     block = 0
     for level, (width, depth) in reversed(list(enumerate(levels))):
         for index in range(residuals + 1):
             layers[f"output_blocks.{block}.0"] = unet_residual(width, channels + skipped.pop(), embedding)
             if depth:
-                layers[f"output_blocks.{block}.1"] = spatial_transformer(width, context, depth)
+                layers[f"output_blocks.{block}.1"] = transformer(width, depth=depth)
             if index == residuals and level:
                 layers[f"output_blocks.{block}.{2 if depth else 1}.conv"] = conv(width, width)
             channels, block = width, block + 1
@@ -125,19 +126,19 @@ def unet(*, latent: int, base: int, widths: tuple[int, ...], depths: tuple[int, 
 
 
 def vae_residual(outputs: int, inputs: int) -> Shapes:
-    layers: dict[str | int, Shapes] = {
+    layers: dict[str, Shapes] = {
         "norm1": norm(inputs),
         "conv1": conv(outputs, inputs),
         "norm2": norm(outputs),
         "conv2": conv(outputs, outputs),
     }
     if inputs != outputs:
-        layers["nin_shortcut"] = conv(outputs, inputs, 1)
+        layers["nin_shortcut"] = conv(outputs, inputs, 1, 1)
     return nest(layers)
 
 
 def vae_middle(width: int) -> Shapes:
-    attention_layers: dict[str | int, Shapes] = {name: conv(width, width, 1) for name in ("q", "k", "v", "proj_out")}
+    attention_layers: dict[str, Shapes] = {name: conv(width, width, 1, 1) for name in ("q", "k", "v", "proj_out")}
     return nest(
         {
             "block_1": vae_residual(width, width),
@@ -147,11 +148,18 @@ def vae_middle(width: int) -> Shapes:
     )
 
 
-def vae(*, latent: int, base: int, widths: tuple[int, ...]) -> Shapes:
-    """An autoencoder from three colour channels to `latent` channels and back."""
+def vae(*, latent: int, base: int = 128, widths: tuple[int, ...] = VAE_WIDTHS, quantized: bool = True) -> Shapes:
+    """An autoencoder from three colour channels to `latent` channels and back.
+
+    Args:
+        latent: channels of an encoded image.
+        base: channels of the first level.
+        widths: multiple of `base` for each level.
+        quantized: whether 1x1 convolutions stand between the latent space and either half.
+    """
     last = len(widths) - 1
     deepest = base * widths[-1]
-    encoder: dict[str | int, Shapes] = {"conv_in": conv(base, 3)}
+    encoder: dict[str, Shapes] = {"conv_in": conv(base, 3)}
     channels = base
     for level, multiple in enumerate(widths):
         for index in range(2):
@@ -161,7 +169,7 @@ def vae(*, latent: int, base: int, widths: tuple[int, ...]) -> Shapes:
             encoder[f"down.{level}.downsample.conv"] = conv(channels, channels)
     encoder |= {"mid": vae_middle(deepest), "norm_out": norm(deepest), "conv_out": conv(2 * latent, deepest)}
 
-    decoder: dict[str | int, Shapes] = {"conv_in": conv(deepest, latent), "mid": vae_middle(deepest)}
+    decoder: dict[str, Shapes] = {"conv_in": conv(deepest, latent), "mid": vae_middle(deepest)}
     channels = deepest
     for level, multiple in reversed(list(enumerate(widths))):
         for index in range(3):
@@ -170,32 +178,7 @@ def vae(*, latent: int, base: int, widths: tuple[int, ...]) -> Shapes:
         if level:
             decoder[f"up.{level}.upsample.conv"] = conv(channels, channels)
     decoder |= {"norm_out": norm(channels), "conv_out": conv(3, channels)}
-    return nest(
-        {
-            "encoder": nest(encoder),
-            "decoder": nest(decoder),
-            "quant_conv": conv(2 * latent, 2 * latent, 1),
-            "post_quant_conv": conv(latent, latent, 1),
-        }
-    )
-
-
-def clip_text(*, width: int, layers: int, tokens: int = 77, vocabulary: int = 49408) -> Shapes:
-    """The transformer of a CLIP text encoder as the transformers library names it, without `position_ids`."""
-    layer = nest(
-        {
-            "layer_norm1": norm(width),
-            **{f"self_attn.{name}": linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
-            "layer_norm2": norm(width),
-            "mlp.fc1": linear(4 * width, width),
-            "mlp.fc2": linear(width, 4 * width),
-        }
-    )
-    return nest(
-        {
-            "embeddings.token_embedding": {"weight": (vocabulary, width)},
-            "embeddings.position_embedding": {"weight": (tokens, width)},
-            **{f"encoder.layers.{i}": layer for i in range(layers)},
-            "final_layer_norm": norm(width),
-        }
-    )
+    halves: dict[str, Shapes] = {"encoder": nest(encoder), "decoder": nest(decoder)}
+    if quantized:
+        halves |= {"quant_conv": conv(2 * latent, 2 * latent, 1, 1), "post_quant_conv": conv(latent, latent, 1, 1)}
+    return nest(halves)

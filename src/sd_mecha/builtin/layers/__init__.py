@@ -1,0 +1,1 @@
+"""What configs are made of: keys and shapes of layers as functions of their sizes, other names for them, components."""

@@ -1,0 +1,207 @@
+"""Matrices kept as fp8 with a scale beside them: read as the float32 values that they stand for, and written so.
+
+    X.weight         float8, the values divided by their scale
+    X.scale_weight   float32: one scale, one for each row, or one for each square block of the matrix
+    scaled_fp8       a marker that says what the file does
+
+Other tools call the scale `weight_scale` or `weight_scale_inv`; all of them multiply. Scales of activations
+(`scale_input`, `input_scale`) mean nothing without the fp8 values and go with them.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sd_mecha.errors import FileFormatError
+from sd_mecha.storage.buffers import byte_view
+from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes
+from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
+
+MARKER = "scaled_fp8"
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+_GOING_WITH = ("scale_input", "input_scale", "comfy_quant")
+_IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.(?:.*\.)?weight$")
+_FP8 = torch.float8_e4m3fn
+
+
+class ScaledReader:
+    """A model of scaled fp8 matrices as if they were float32.
+
+    Args:
+        reader: where the matrices and their scales are.
+        scales: matrix -> its scale, as `find_scales` returns them.
+    """
+
+    def __init__(self, reader: Reader, scales: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._scale_names = dict(scales)
+        self._scales: dict[str, Tensor] = {}
+        modules = tuple(name.removesuffix("weight") for name in scales)
+        gone = set(scales.values()) | {module + part for module in modules for part in _GOING_WITH}
+        self.entries: Mapping[str, TensorEntry] = {
+            name: TensorEntry(entry.shape, torch.float32) if name in scales else entry
+            for name, entry in reader.entries.items()
+            if name not in gone and name.rpartition(".")[2] != MARKER
+        }
+
+    @property
+    def name(self) -> str:
+        return self._reader.name
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._reader.metadata
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        if name not in self._scale_names:
+            return self._reader.read_into(name, start, buffer)
+        target = flat_bytes(buffer)
+        check_range(name, start, len(target), self.entries[name].nbytes)
+        first, last = start // 4, -(-(start + len(target)) // 4)
+        values = torch.empty(last - first, dtype=self._reader.entries[name].dtype)
+        self._reader.read_into(name, first, byte_view(values))
+        found = values.to(torch.float32) * self._factors(name, first, last)
+        target[:] = byte_view(found)[start - 4 * first : start - 4 * first + len(target)]
+        return None
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was changed since it was opened, where the reader can tell."""
+        getattr(self._reader, "check_unchanged", lambda: None)()
+
+    def _factors(self, name: str, first: int, last: int) -> Tensor:
+        """What the elements `first` to `last` of a matrix are multiplied by."""
+        scale = self._scale(name)
+        if scale.numel() == 1:
+            return scale.reshape(())
+        shape = self.entries[name].shape
+        columns = shape[1]
+        element = torch.arange(first, last)
+        row, column = element // columns, element % columns
+        blocks = [-(-size // count) for size, count in zip(shape, scale.shape, strict=True)]
+        return scale[row // blocks[0], column // blocks[1]]
+
+    def _scale(self, name: str) -> Tensor:
+        if name not in self._scales:
+            stored = self._scale_names[name]
+            entry = self._reader.entries[stored]
+            raw = torch.empty(entry.shape, dtype=entry.dtype)
+            self._reader.read_into(stored, 0, byte_view(raw))
+            scale = raw.to(torch.float32)
+            self._scales[name] = scale.reshape(-1, 1) if scale.dim() == 1 and scale.numel() > 1 else scale
+        return self._scales[name]
+
+
+def find_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, str]:
+    """The fp8 matrices of a model that have a scale: key of the matrix -> key of its scale.
+
+    Raises:
+        FileFormatError: a scale does not fit its matrix.
+    """
+    found = {}
+    for key, entry in entries.items():
+        if entry.dtype not in IS_STORAGE_ONLY or entry.dtype.itemsize != 1 or not key.endswith("weight"):
+            continue
+        module = key.removesuffix("weight")
+        scale = next((module + part for part in _SCALES if module + part in entries), None)
+        if scale is not None:
+            _check(name, key, entry.shape, scale, entries[scale])
+            found[key] = scale
+    return found
+
+
+def _check(name: str, key: str, shape: tuple[int, ...], scale: str, entry: TensorEntry) -> None:
+    rows_only = entry.shape == shape[:1] or entry.shape == (*shape[:1], 1)
+    blocks = len(shape) == 2 and len(entry.shape) == 2 and all(map(operator.le, entry.shape, shape))
+    plain = entry.numel == 1 or (len(shape) == 2 and (rows_only or blocks))
+    if not plain or not entry.dtype.is_floating_point or entry.dtype in IS_STORAGE_ONLY:
+        raise FileFormatError(
+            f"{name}: scale {scale!r} of shape {entry.shape} does not fit the fp8 matrix {key!r} of shape {shape}; "
+            "expected one number, one for each row, or one for each block"
+        )
+
+
+class ScaledWriter:
+    """Writes the matrices of numbered blocks as fp8 with a scale; a matrix is put together before it is written.
+
+    Args:
+        writer: where they go.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._entries: dict[str, TensorEntry] = {}
+        self._matrices: dict[str, Tensor] = {}
+        self._left: dict[str, int] = {}
+
+    def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+        declared: dict[str, TensorEntry] = {}
+        for name, entry in entries.items():
+            if len(entry.shape) == 2 and entry.dtype.is_floating_point and _IN_A_BLOCK.search(name):
+                self._entries[name] = entry
+                declared[name] = TensorEntry(entry.shape, _FP8)
+                declared[_scale_of(name)] = TensorEntry((1,), torch.float32)
+            else:
+                declared[name] = entry
+        if self._entries:
+            declared.setdefault(MARKER, TensorEntry((0,), _FP8))
+        self._writer.declare(declared, metadata)
+
+    def write(self, name: str, start: int, buffer: memoryview) -> None:
+        entry = self._entries.get(name)
+        if entry is None:
+            return self._writer.write(name, start, buffer)
+        part = flat_bytes(buffer)
+        with self._lock:
+            if name not in self._matrices:
+                self._matrices[name] = torch.empty(entry.shape, dtype=entry.dtype)
+                self._left[name] = entry.nbytes
+            matrix = self._matrices[name]
+        byte_view(matrix)[start : start + len(part)] = part
+        with self._lock:
+            self._left[name] -= len(part)
+            if self._left[name]:
+                return None
+            del self._matrices[name]
+        values, scale = quantized(matrix)
+        self._writer.write(name, 0, byte_view(values))
+        self._writer.write(_scale_of(name), 0, byte_view(scale))
+        return None
+
+    def drop(self, name: str) -> None:
+        self._writer.drop(name)
+        if name in self._entries:
+            self._writer.drop(_scale_of(name))
+
+    def commit(self) -> None:
+        self._writer.commit()
+
+    def abort(self) -> None:
+        self._matrices.clear()
+        self._writer.abort()
+
+
+def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as fp8 and the scale, of shape (1,), that gives it back; the largest value uses the whole range.
+
+    >>> values, scale = quantized(torch.tensor([[0.5, -2.0]]))
+    >>> (values.to(torch.float32) * scale).tolist()
+    [[0.5, -2.0]]
+    """
+    wide = matrix.to(torch.float32)
+    largest = wide.abs().max() if wide.numel() else torch.tensor(0.0)
+    scale = largest / torch.finfo(_FP8).max if largest > 0 else torch.tensor(1.0)
+    return (wide / scale).to(_FP8), scale.reshape(1)
+
+
+def _scale_of(name: str) -> str:
+    return name.removesuffix("weight") + "scale_weight"

@@ -1,0 +1,19 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from sd_mecha.extensions import model_dirs
+
+
+@pytest.fixture(autouse=True)
+def _own_model_dirs() -> Iterator[None]:
+    """Directories that a test adds, through the command line for instance, are not searched in the next one."""
+    before = model_dirs.get_all()
+    yield
+    for path in model_dirs.get_all():
+        if path not in before:
+            model_dirs.remove_path(path)
