@@ -120,17 +120,13 @@ class _Solver:
 
     def _carry(self, order: list[RecipeNode]) -> None:
         """Find the markers of the models that the last node is made of, where it has none itself."""
-        kept = self.facts.available[order[-1]]
+        root = order[-1]
+        kept = self.facts.available[root]
         if not kept:
             return
-        wanted = self.configs[order[-1]].identifier
-        dropped = {  # with their component, on purpose
-            key
-            for component in self.configs[order[-1]].components().values()
-            if kept.isdisjoint(component.keys())
-            for key in component.keys()  # noqa: SIM118 (it is no mapping)
-        }
+        wanted = self.configs[root].identifier
         markers: dict[int, list[str]] = {}
+        found: dict[str, ModelRecipeNode] = {}
         for node in order:
             if not isinstance(node, ModelRecipeNode) or self.configs[node].identifier != wanted:
                 continue
@@ -138,8 +134,13 @@ class _Solver:
             if place not in markers:
                 markers[place] = [name for name in self.models[node].entries if is_marker(name)]
             for name in markers[place]:
-                if name not in kept and name not in dropped:
-                    self.facts.carried.setdefault(name, node)
+                if name not in kept:
+                    found.setdefault(name, node)
+        if found:
+            for component in self.configs[root].components().values():
+                if kept.isdisjoint(component.keys()):  # dropped on purpose, with its markers
+                    found = {name: node for name, node in found.items() if name not in component.keys()}  # noqa: SIM118
+        self.facts.carried = found
 
     def _intern(self, keys: KeySet) -> KeySet:
         return self._interned.setdefault(keys, keys)
