@@ -11,10 +11,11 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+from sd_mecha.extensions.config_lazy import LazyModelConfigBase
 from sd_mecha.extensions.config_tables import ModelConfigImpl
 from sd_mecha.extensions.config_types import InvalidConfigError, KeyMetadata, ModelConfig
 from sd_mecha.extensions.header import Header, MissingShapeError, Shape
@@ -181,51 +182,31 @@ class Family(Generic[H]):
         return {key: metadata.shape for key, metadata in keys.items() if metadata.shape is not None}
 
 
-class FamilyConfig(ModelConfig, Generic[H]):
+class FamilyConfig(LazyModelConfigBase, Generic[H]):
     """A config of one size and layout, built when its keys are first asked for."""
 
     def __init__(self, family: Family[H], hyper: H, layout: str) -> None:
+        super().__init__()
         self.family = family
         self.hyper = hyper
         self.layout = layout
         self._identifier = f"{family.variant(hyper)}-{layout}"
-        self._lock = threading.Lock()
-        self._built: ModelConfigImpl | None = None
 
     @property
     def identifier(self) -> str:
         return self._identifier
 
-    @property
-    def _config(self) -> ModelConfigImpl:
-        with self._lock:
-            if self._built is None:
-                layout = self.family.layouts[self.layout]
-                parts = {n: _component(k, layout.prefix, layout.dtype) for n, k in layout.build(self.hyper).items()}
-                for name, keys in layout.others(self.hyper).items():
-                    parts[name] = parts.get(name, {}) | _component(keys, "", layout.dtype)
-                self._built = ModelConfigImpl(self._identifier, parts)
-            return self._built
-
-    def components(self) -> Mapping[str, Any]:
-        return self._config.components()
-
-    def keys(self) -> Mapping[str, KeyMetadata]:
-        return self._config.keys()
-
-    def resolve_alias(self, key: str) -> str:
-        return self._config.resolve_alias(key)
-
-    def find(self, key: str) -> str | None:
-        return self._config.find(key)
+    def create_config(self) -> ModelConfig:
+        layout = self.family.layouts[self.layout]
+        parts = {n: _component(k, layout.prefix, layout.dtype) for n, k in layout.build(self.hyper).items()}
+        for name, keys in layout.others(self.hyper).items():
+            parts[name] = parts.get(name, {}) | _component(keys, "", layout.dtype)
+        return ModelConfigImpl(self._identifier, parts)
 
     def shape(self, key: str) -> Shape | None:
         """The shape of a key, None if it is unknown."""
         known = self.keys().get(key)
         return None if known is None else known.shape
-
-    def __repr__(self) -> str:
-        return f"<model config {self.identifier!r}>"
 
 
 def _component(keys: Keys, prefix: str, dtype: torch.dtype) -> dict[str, KeyMetadata]:

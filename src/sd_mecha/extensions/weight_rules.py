@@ -59,13 +59,12 @@ def write_rules(rules: Sequence[tuple[str, Any]]) -> str:
     for pattern, value in rules:
         if not isinstance(pattern, str):
             raise ParameterError(f"weights: a pattern is a str, got {pattern!r}")
-        with_rule = _Complaint(pattern)
         try:
             plain = _plain(value)
             check_pattern(pattern)
             _read_value(plain)
         except ParameterError as error:
-            raise with_rule.about(error) from None
+            raise _about(pattern, error) from None
         pairs.append([pattern, plain])
     return json.dumps(pairs, separators=(",", ":"), ensure_ascii=False)
 
@@ -91,7 +90,7 @@ def read_rules(text: str) -> list[Rule]:
             check_pattern(pattern)
             rules.append(Rule(pattern, _read_value(value)))
         except ParameterError as error:
-            raise _Complaint(pattern).about(error) from None
+            raise _about(pattern, error) from None
     return rules
 
 
@@ -125,7 +124,7 @@ def apply_rules(rules: Sequence[Rule], default: float, config: ModelConfig) -> W
         try:
             given = _given(rule, patterns)
         except ParameterError as error:
-            raise _Complaint(rule.pattern).about(error) from None
+            raise _about(rule.pattern, error) from None
         made.table.update(given)
         if not given:
             made.unmatched.append(rule.pattern)
@@ -209,9 +208,5 @@ def _number(value: Any) -> float:
     return number
 
 
-class _Complaint:
-    def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
-
-    def about(self, error: ParameterError) -> ParameterError:
-        return ParameterError(f"weights: rule {self._pattern!r}: {error}")
+def _about(pattern: str, error: ParameterError) -> ParameterError:
+    return ParameterError(f"weights: rule {pattern!r}: {error}")

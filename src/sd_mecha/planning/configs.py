@@ -197,8 +197,8 @@ def _check_votes(root: RecipeNode, config: ModelConfig, constraints: list[Config
 def _check_mixture(root: RecipeNode, constraints: list[ConfigConstraint]) -> None:
     """Two state dicts that fit different known configs, and none in common, cannot be merged key by key."""
     models = [(c, c.entries) for c in constraints if c.entries and isinstance(c.node, ModelRecipeNode)]
-    every = list(dict.fromkeys(config for _, entries in models for config in model_configs.fits(entries)))
-    voters = [(c, model_configs.fits(entries, every)) for c, entries in models]
+    votes = _votes([entries for _, entries in models])
+    voters = [(c, found) for (c, _), found in zip(models, votes, strict=True)]
     known = [(c, found) for c, found in voters if found]
     for (one, first), (other, second) in itertools.pairwise(known):
         if not first.keys() & second.keys():
@@ -221,9 +221,7 @@ def candidates_of(constraints: Iterable[ConfigConstraint]) -> list[ModelConfig]:
             return [c.config]
         if c.entries:
             voters[id(c.entries)] = c.entries
-    every = list(dict.fromkeys(config for entries in voters.values() for config in model_configs.fits(entries)))
-    for entries in voters.values():
-        found = model_configs.fits(entries, every)
+    for found in _votes(list(voters.values())):
         if scores is None:
             scores = found
         else:
@@ -231,6 +229,12 @@ def candidates_of(constraints: Iterable[ConfigConstraint]) -> list[ModelConfig]:
         if not scores:
             return []
     return sorted(scores or (), key=lambda config: (scores or {})[config])
+
+
+def _votes(voters: list[Entries]) -> list[dict[ModelConfig, Fit]]:
+    """How each state dict fits the configs that any of them suggests."""
+    every = list(dict.fromkeys(config for entries in voters for config in model_configs.fits(entries)))
+    return [model_configs.fits(entries, every) for entries in voters]
 
 
 def structural(constraints: Iterable[ConfigConstraint]) -> StructuralModelConfig:

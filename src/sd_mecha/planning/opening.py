@@ -19,8 +19,8 @@ from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.memory import MemoryReader
-from sd_mecha.storage.renamed import RenamedReader
 from sd_mecha.storage.scaled_fp8 import ScaledReader, find_scales
+from sd_mecha.storage.views import RenamedReader
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -120,10 +120,10 @@ def _as_known(reader: Reader) -> Reader:
     prefix = foreign_prefix(reader.entries)
     if not prefix:
         return reader
-    _logger.info("%s: keys are read without their prefix %r", reader.name, prefix)
     names = {name: name[len(prefix) :] for name in reader.entries if name.startswith(prefix)}
     if any(here in reader.entries for here in names.values()):
         return reader
+    _logger.info("%s: keys are read without their prefix %r", reader.name, prefix)
     return RenamedReader(reader, names)
 
 

@@ -22,6 +22,7 @@ from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
+from sd_mecha.storage.views import ReaderView
 
 MARKER = "scaled_fp8"
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
@@ -30,7 +31,7 @@ _IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.(?:.*\.)?weight$")
 _FP8 = torch.float8_e4m3fn
 
 
-class ScaledReader:
+class ScaledReader(ReaderView):
     """A model of scaled fp8 matrices as if they were float32.
 
     Args:
@@ -39,7 +40,7 @@ class ScaledReader:
     """
 
     def __init__(self, reader: Reader, scales: Mapping[str, str]) -> None:
-        self._reader = reader
+        super().__init__(reader)
         self._scale_names = dict(scales)
         self._scales: dict[str, Tensor] = {}
         modules = tuple(name.removesuffix("weight") for name in scales)
@@ -49,14 +50,6 @@ class ScaledReader:
             for name, entry in reader.entries.items()
             if name not in gone and name.rpartition(".")[2] != MARKER
         }
-
-    @property
-    def name(self) -> str:
-        return self._reader.name
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self._reader.metadata
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         if name not in self._scale_names:
@@ -69,13 +62,6 @@ class ScaledReader:
         found = values.to(torch.float32) * self._factors(name, first, last)
         target[:] = byte_view(found)[start - 4 * first : start - 4 * first + len(target)]
         return None
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def check_unchanged(self) -> None:
-        """Refuse a file that was changed since it was opened, where the reader can tell."""
-        getattr(self._reader, "check_unchanged", lambda: None)()
 
     def _factors(self, name: str, first: int, last: int) -> Tensor:
         """What the elements `first` to `last` of a matrix are multiplied by."""
