@@ -90,11 +90,6 @@ class AdapterSource:
                 f"such as {shown}; give an adapter file"
             )
 
-    @property
-    def keys(self) -> list[str]:
-        """All keys of the file."""
-        return list(self._reader.entries)
-
     def endings(self) -> str:
         """The style of most endings in the file, as adapter kinds call it; that of kohya-ss where all share them."""
         found = [style for module in self.modules for style in module.styles.values() if style != "common"]

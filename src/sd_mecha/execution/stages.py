@@ -174,7 +174,10 @@ class Run:
 
     def _tile_size(self, stage: Tiles) -> int:
         elements = min(self.engine.tile_bytes // max(stage.element_bytes, 1), self.engine.largest_tile)
-        return max(elements // stage.align, 1) * stage.align
+        # a result in pieces costs a call for each tile, so one more piece is worth its memory
+        in_pieces = any(isinstance(step, Call) and step.why == PIECES for step in stage.steps)
+        count = -(-elements // stage.align) if in_pieces else elements // stage.align
+        return max(count, 1) * stage.align
 
     def _every_tile(self, stage: Tiles, lane: Lane, size: int, work: Callable[[Lane, int, int], Any]) -> None:
         span = max(SHARED_FROM // size, 1) * size

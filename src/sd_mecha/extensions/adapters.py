@@ -183,8 +183,9 @@ def read_modules(keys: Iterable[str]) -> tuple[list[AdapterModule], list[str]]:
         known[part] = key
         styles.setdefault(module, {})[part] = style
     modules = []
+    known_kinds = get_all()
     for name, named in parts.items():
-        kinds, unread = _kinds_of(name, named)
+        kinds, unread = _kinds_of(name, named, known_kinds)
         stray += [named[part] for part in named if part in unread]
         if kinds:
             modules.append(AdapterModule(name, named, styles[name], kinds))
@@ -206,8 +207,8 @@ def _parse(key: str) -> tuple[str, str, str] | None:
     """Module, style and part of a key, by the longest ending that fits."""
     global _endings
     if _endings is None or _endings[0] != _kinds.version:
-        _kinds.get_all()
-        _endings = _kinds.version, *_compiled(get_all())
+        kinds = get_all()  # this may load plugs, which changes the version
+        _endings = _kinds.version, *_compiled(kinds)
     _, pattern, meanings = _endings
     found = pattern.fullmatch(key)
     if found is None:
@@ -224,19 +225,22 @@ def _compiled(kinds: Iterable[AdapterKind]) -> tuple[re.Pattern[str], list[tuple
         for style, named in kind.spellings.items()
         for ending, part in named.items()
     }
-    written = []
+    written: dict[str, list[str]] = {".": [], "_": []}  # by their first character, which few places in a key have
     for number, ending in enumerate(endings):
-        text = re.escape(ending).replace(re.escape(ANY_NAME), r"[^.]+")
-        written.append(f"(?P<e{number}>{text if ending.startswith('_') else '[.]' + text})")
+        text = re.escape(ending.removeprefix("_")).replace(re.escape(ANY_NAME), r"[^.]+")
+        written["_" if ending.startswith("_") else "."].append(f"(?P<e{number}>{text})")
+    ways = [f"{re.escape(sign)}(?:{'|'.join(texts)})" for sign, texts in written.items() if texts]
     # the shortest name of a module leaves the longest ending
-    return re.compile(f"(?P<module>.+?)(?:{'|'.join(written)})"), list(endings.values())
+    return re.compile(f"(?P<module>.+?)(?:{'|'.join(ways)})"), list(endings.values())
 
 
-def _kinds_of(name: str, parts: Mapping[str, str]) -> tuple[tuple[AdapterKind, ...], set[str]]:
+def _kinds_of(
+    name: str, parts: Mapping[str, str], known: Iterable[AdapterKind]
+) -> tuple[tuple[AdapterKind, ...], set[str]]:
     """The kinds of a module, and the parts that none of them reads."""
     found: dict[str, AdapterKind] = {}
     unread = set(parts)
-    for kind in get_all():
+    for kind in known:
         used = kind.used(parts)
         if used is None:
             continue
@@ -247,9 +251,10 @@ def _kinds_of(name: str, parts: Mapping[str, str]) -> tuple[tuple[AdapterKind, .
             )
         found[kind.parameter] = kind
         unread -= used
-    for kind in get_all():
-        if kind not in found.values():
-            _check_halves(kind, name, parts, unread)
+    if unread - _UNCERTAIN:
+        for kind in known:
+            if kind not in found.values():
+                _check_halves(kind, name, parts, unread)
     return tuple(found.values()), unread
 
 

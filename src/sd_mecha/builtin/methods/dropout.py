@@ -6,6 +6,7 @@ alone: neither tile size nor threads nor order change it.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -177,22 +178,23 @@ class _Masks:
         seed, key, start = self._where
         return uniform(seed, key, stream, start, self._like)
 
-    def of_one(self, position: int) -> Tensor:
-        """Drawn for one delta alone."""
-        return self._survivors(position)
-
-    def of_several(self, position: int, count: int, own: float, emphasis: float) -> Tensor:
-        """Drawn for this delta alone for a share `own` of the entries, and for the rest in common with the others."""
-        whose = self._draw(WHOSE).sub_(emphasis)
-        chosen = (whose < 0) | ((whose * (count / max(1 - emphasis, 1e-9))).floor_() == position)
-        common = self._survivors(SURVIVES) & _mask(chosen)
-        return torch.where(self._draw(COMMON) < own, self.of_one(position), common)
-
-    def _survivors(self, stream: int) -> Tensor:
+    def of_one(self, stream: int) -> Tensor:
+        """Drawn from one stream: the position of a delta, which is then alone, or one that all share."""
         if isinstance(self._probability, Tensor):
             # a comparison in place gives 1.0 and 0.0, without truth values
             return self._draw(stream).ge_(self._probability).to(torch.int32).neg_()
         return at_least(*self._where[:2], stream, self._where[2], self._like, self._probability)
+
+    @cached_property
+    def _shared(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._draw(WHOSE), self.of_one(SURVIVES), self._draw(COMMON)
+
+    def of_several(self, position: int, count: int, own: float, emphasis: float) -> Tensor:
+        """Drawn for this delta alone for a share `own` of the entries, and for the rest in common with the others."""
+        drawn, survives, common = self._shared
+        whose = drawn - emphasis
+        chosen = (whose < 0) | (whose.mul_(count / max(1 - emphasis, 1e-9)).floor_() == position)
+        return torch.where(common < own, self.of_one(position), survives & _mask(chosen))
 
 
 def _mask(chosen: Tensor) -> Tensor:
