@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.conversions.open_clip_names import transformers_names
+from sd_mecha.builtin.conversions.text_encoders import open_clip
 from sd_mecha.builtin.layers.diffusers_names import unet_name
+from sd_mecha.extensions.layouts import RuleTable
 from sd_mecha.extensions.merge_methods import Parameter, Return, StateDict, merge_method
 
 UNET = "model.diffusion_model."
 CLIP_G = "conditioner.embedders.1.model."
 SGM_PROJECTION = f"{CLIP_G}text_projection"
 KOHYA_PROJECTION = "te2.text_projection.weight"
+_OPEN_CLIP = RuleTable(open_clip())
 _RENAMED = {
     "conditioner.embedders.0.transformer.text_model.": "te1.text_model.",
     "first_stage_model.": "first_stage_model.",
@@ -102,7 +104,7 @@ def kohya_names(key: str, name_in_unet: Callable[[str], str]) -> tuple[str, ...]
     ('te2.text_model.final_layer_norm.bias',)
     """
     if key.startswith(CLIP_G):
-        return tuple(f"te2.{name}" for name in transformers_names(key.removeprefix(CLIP_G)))
+        return tuple(f"te2.{name}" for name in _OPEN_CLIP.find(key.removeprefix(CLIP_G))[1])
     if key.startswith(UNET):
         return ("unet." + name_in_unet(key.removeprefix(UNET)),)
     return tuple(new + key.removeprefix(old) for old, new in _RENAMED.items() if key.startswith(old))
