@@ -11,14 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, IMPORT, INFERENCE, NAMES, RECIPES
+from bench import sources
+from bench.cases import CASES, IMPORT, INFERENCE, RECIPES
 from bench.files import SETS
 from bench.measure import Bench
 from bench.process import ChildError
 from bench.release import old_python
+from bench.sources import SOURCES
 from bench.table import render, write_into
 
 HERE = Path(__file__).parent
+NAMES = (*(case.name for case in CASES), *SOURCES, IMPORT, INFERENCE, *RECIPES)
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
 
@@ -77,12 +80,15 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
         return bench.inference()
     if name in RECIPES:
         return bench.recipe(name)
+    if name in SOURCES:
+        return sources.measure(name, bench.work, bench.repeats, bench.quick)
     return bench.merge_case(next(case for case in CASES if case.name == name))
 
 
 def remove_unneeded(work: Path, coming: list[str]) -> None:
     """Remove file sets that no later case uses: all of them together would fill 50 GB."""
     needed = {files for case in CASES if case.name in coming for files in (case.files, case.adapters)}
+    needed |= {sources.FILES} if SOURCES.keys() & set(coming) else set()
     for files in set(SETS) - needed:
         for folder in (work / files, work / f"{files}-quick"):
             shutil.rmtree(folder, ignore_errors=True)

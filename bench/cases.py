@@ -218,5 +218,3 @@ RECIPES = {
     "average_of_files": "n_average over 10,000 files",
     "average_in_memory": "n_average over 10,000 models in memory",
 }
-
-NAMES = (*(case.name for case in CASES), IMPORT, INFERENCE, *RECIPES)

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench.cases import CASES, IMPORT, INFERENCE, RECIPES, Case
+from bench.sources import MEMORY, SOURCES, Source
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NONE = "-"
@@ -42,6 +43,9 @@ def render(results: Mapping[str, Any]) -> str:
             f"{_verdict(later <= 0.03, '<= 30 ms')}, the first time in a process {_seconds(first)}, "
             "which includes building the configs that it may be."
         )
+    sources = [source_row(source, results[name]) for name, source in SOURCES.items() if name in results]
+    if sources:
+        parts.append(_table("weighted_sum of 2 SD1.5, warm|time|plain files|against plain files|memory", sources))
     recipes = [recipe_row(title, results[kind]) for kind, title in RECIPES.items() if kind in results]
     if recipes:
         parts.append(_table("recipe|build|print|serialize|deserialize|plan|memory", recipes))
@@ -67,6 +71,14 @@ def merge_row(case: Case, row: Mapping[str, Any]) -> list[str]:
     cells.append(_memory(memory) + met)
     cells.append(NONE if old is None else _memory(median(old["memory"])))
     return cells
+
+
+def source_row(source: Source, row: Mapping[str, Any]) -> list[str]:
+    seconds, plain, memory = (median(row[name]) for name in ("seconds", "plain", "memory"))
+    slower = seconds / plain
+    wanted = _verdict(slower <= source.slower, f"<= {source.slower:g}x") if source.slower else ""
+    met = _verdict(memory <= MEMORY, f"<= {_memory(MEMORY)}")
+    return [source.title, _seconds(seconds), _seconds(plain), f"{slower:.2f}x{wanted}", _memory(memory) + met]
 
 
 def recipe_row(title: str, row: Mapping[str, Any]) -> list[str]:

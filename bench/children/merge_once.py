@@ -1,6 +1,6 @@
 """One merge in a process of its own, under whichever release this interpreter has; prints its time as JSON.
 
-Argument: JSON with `method`, `inputs`, `output` and `times`.
+Argument: JSON with `method`, `inputs`, `output`, `times` and, if any, `options` of the merge.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
     for _ in range(job["times"]):
         node = RECIPES[job["method"]](*map(sd_mecha.model, job["inputs"]))
         started = time.perf_counter()
-        sd_mecha.merge(node, output=job["output"])
+        sd_mecha.merge(node, output=job["output"], **job.get("options", {}))
         seconds.append(time.perf_counter() - started)
     print(json.dumps({"seconds": seconds}))
 

@@ -91,6 +91,7 @@ _WHERE = {
     "value_to_node": "extensions.merge_methods",
     "KeyMapBuilder": "extensions.key_map",
     "infer_model_configs": "extensions.model_configs",
+    "verify": "verifying",
 }
 """Every other public name, and the module that defines it."""
 
@@ -182,6 +183,7 @@ if TYPE_CHECKING:
     from sd_mecha.serialization import deserialize as deserialize
     from sd_mecha.serialization import deserialize_path as deserialize_path
     from sd_mecha.serialization import serialize as serialize
+    from sd_mecha.verifying import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +15,19 @@ import torch
 from sd_mecha.conversion import convert
 from sd_mecha.errors import OptionError, RecipeTypeError
 from sd_mecha.execution.run import Runner, RunOptions
-from sd_mecha.extensions import model_dirs, model_formats
+from sd_mecha.extensions import model_dirs
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, resolve, value_to_node
 from sd_mecha.options import MergeOptions
+from sd_mecha.outputs import open_writer, output_metadata
 from sd_mecha.planning.bench import Precision
 from sd_mecha.planning.plan import Plan, PlanOptions, make_plan
 from sd_mecha.progress import NoProgress, RichProgress
 from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
-from sd_mecha.recipes.text import serialize_text
 from sd_mecha.recipes.walk import toposort
+from sd_mecha.resuming import telling, unfinished
 from sd_mecha.storage.contract import Writer
 from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
-from sd_mecha.storage.scaled_fp8 import ScaledWriter
-
-_logger = logging.getLogger("sd_mecha")
-
-RECIPE_KEY = "mecha_recipe"
-Output = str | os.PathLike[str] | MutableMapping[str, Any]
 
 
 def merge(
@@ -60,24 +53,31 @@ def merge(
     cache: Any = ...,
     tqdm: Any = ...,
     output: Any = ...,
-) -> MutableMapping[str, Any] | None:
+    output_format: Any = ...,
+    shard_size: Any = ...,
+    side_files: Any = ...,
+    resume: Any = ...,
+    checksums: Any = ...,
+) -> MutableMapping[str, Any] | Any:
     """Merge a recipe, streaming: memory depends neither on the number of models nor on their size.
 
     Every option that is not given has the default of `sd_mecha.options.MergeOptions`, which documents them all. By
-    default the result is computed in float32 and written in float16.
+    default the result is computed in float32 and written in float16; into a module, in the dtypes that it has.
 
     Args:
         recipe: the recipe; Python values are taken as `value_to_node` says.
-        output: None: return a new dict of tensors; a mutable mapping: fill it and return it; a path: write a file,
-            which appears under its name when it is complete.
+        output: None: return a new dict of tensors; a mutable mapping: fill it and return it; a `torch.nn.Module`: copy
+            the results into its parameters and buffers, which must be of the same names and shapes, and return it; a
+            path: write a file, which appears under its name when it is complete.
 
     Returns:
-        The mapping of keys to tensors, with the recipe under `__metadata__`; None if a file was written.
+        The mapping of keys to tensors, with the recipe under `__metadata__`; the module; None if a file was written.
 
     Raises:
         PlanError: the recipe contradicts itself, before any tensor is read; subclasses say how.
         OptionError: an option is out of range.
-        OutputError: the output cannot be written; a file of that name stays as it was.
+        OutputError: the output cannot be written; a file of that name stays as it was. A module that is no input of
+            the recipe may be merged in part by then, which is said in a warning.
 
     >>> import torch, sd_mecha
     >>> a, b = ({"w": torch.tensor([value])} for value in (1.0, 3.0))
@@ -85,11 +85,13 @@ def merge(
     tensor([1.5000], dtype=torch.float16)
     """
     given = {name: value for name, value in locals().items() if name != "recipe"}
+    if isinstance(output, torch.nn.Module) and output_dtype is ...:
+        given["output_dtype"] = None  # rounded once, to the dtype of the parameter
     options = MergeOptions().given(given)
     target = options.output
     outputs = [{} if target is None else target]
     _merge([recipe], outputs, options)
-    return outputs[0] if isinstance(outputs[0], MutableMapping) else None
+    return outputs[0] if isinstance(outputs[0], MutableMapping | torch.nn.Module) else None
 
 
 def merge_many(recipes: Mapping[Any, RecipeNodeOrValue], **options: Any) -> None:
@@ -129,15 +131,16 @@ def stream(recipe: RecipeNodeOrValue, **options: Any) -> Iterator[tuple[str, tor
     if "output" in options:
         raise OptionError("stream yields its results; leave out output=")
     checked = MergeOptions().given(options)
-    if checked.scaled_fp8:
-        raise OptionError("stream yields tensors as they are computed; scaled_fp8 needs an output of merge")
+    for name in ("scaled_fp8", "output_format", "shard_size", "side_files", "resume", "checksums"):
+        if getattr(checked, name):
+            raise OptionError(f"stream yields tensors as they are computed; {name} needs an output of merge")
     writer = MemoryWriter({})
     with _plan([recipe], checked) as planned:
         writer.declare(planned.outputs[0], {})
         with _progress(checked, planned) as progress:
             steps = _in_turn if checked.workers() == 0 else _ahead
             # closed before the models are: a consumer that stops early leaves workers that still read from them
-            with closing(steps(planned, writer, _run_options(checked), progress)) as finished:
+            with closing(steps(planned, writer, run_options(checked), progress)) as finished:
                 for key in finished:
                     tensor = writer.complete(key)
                     writer.drop(key)
@@ -168,7 +171,7 @@ class Defaults:
         self.options = {name: value for name, value in options.items() if value is not ...}
         MergeOptions().given(self.options)
 
-    def merge(self, recipe: RecipeNodeOrValue, **options: Any) -> MutableMapping[str, Any] | None:
+    def merge(self, recipe: RecipeNodeOrValue, **options: Any) -> MutableMapping[str, Any] | Any:
         return merge(recipe, **self._with(options))
 
     def plan(self, recipe: RecipeNodeOrValue, **options: Any) -> Plan:
@@ -234,12 +237,13 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
         planned = stack.enter_context(_plan(recipes, options))
         writers: list[Writer] = []
         for target, output in enumerate(outputs):
-            writer = ScaledWriter(_writer(output)) if options.scaled_fp8 else _writer(output)
+            writer = open_writer(output, planned, target, options)
             stack.callback(writer.abort)
-            writer.declare(planned.outputs[target], _metadata(planned, target))
+            writer.declare(planned.outputs[target], output_metadata(planned, target))
             writers.append(writer)
         progress = stack.enter_context(_progress(options, planned))
-        Runner(planned, writers, _run_options(options), progress.finished).run(planned.programs)
+        runner = Runner(planned, writers, run_options(options), telling(writers, progress.finished))
+        runner.run(unfinished(planned.programs, writers, progress.finished))
         for reader in planned.readers:
             getattr(reader, "check_unchanged", lambda: None)()
         planned.close()  # before publishing: an input may be what is replaced
@@ -252,27 +256,8 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
                     output[key] = _placed(value, options)
 
 
-def _writer(output: Any) -> Writer:
-    if isinstance(output, MutableMapping):
-        return MemoryWriter(output)
-    if not isinstance(output, str | os.PathLike):
-        raise OptionError(f"output must be a path, a mutable mapping or None, got a {type(output).__name__}")
-    path = Path(model_dirs.resolve_output(output))
-    return model_formats.for_output(path).writer(path)
-
-
-def _metadata(planned: Plan, target: int) -> dict[str, str]:
-    """What the first model says of itself, that the tensors are PyTorch's, and the recipe."""
-    metadata = {**planned.metadata(target), "format": "pt"}
-    try:
-        metadata[RECIPE_KEY] = serialize_text(planned.finalized(target))
-    except RecipeTypeError as error:
-        _logger.info("the output does not carry its recipe: %s", error)
-        metadata.pop(RECIPE_KEY, None)
-    return metadata
-
-
-def _run_options(options: MergeOptions) -> RunOptions:
+def run_options(options: MergeOptions) -> RunOptions:
+    """What running a plan needs to know of the options of merging."""
     return RunOptions(
         options.workers(),
         options.total_buffer_size,

@@ -14,6 +14,7 @@ from sd_mecha.errors import OptionError
 from sd_mecha.extensions import merge_spaces
 from sd_mecha.extensions.merge_spaces import MergeSpace
 from sd_mecha.storage.dtypes import parse_dtype
+from sd_mecha.units import parse_size
 
 NOT_GIVEN: Any = ...
 
@@ -42,7 +43,15 @@ class MergeOptions:
         validate_mm_contract: whether to check that merge methods read and return what they declare.
         cache: {node: object}: what to hand to the merge method of a node as its `cache`.
         tqdm: a class for progress bars, called with `total=` and `desc=`; None shows none.
-        output: None: return a new dict; a mutable mapping: fill it; a path: write a file.
+        output: None: return a new dict; a mutable mapping or a `torch.nn.Module`: fill it; a path: write a file.
+        output_format: name of the format to write a path in; None: what its name asks for.
+        shard_size: the most bytes of tensors in one file of the output, as a number or such as "5GB"; it then is a
+            folder of several files. None: one file, or 5 GB for a folder.
+        side_files: path of the model whose configuration, tokenizer and the like go along with the tensors; None: the
+            first model of the recipe that has such files.
+        resume: whether to go on where an interrupted merge of the same recipe into the same output stopped, and to
+            keep what is done when this one is interrupted.
+        checksums: whether the output carries a checksum of each of its tensors and of each tensor read for it.
     """
 
     fallback_model: Any = None
@@ -65,6 +74,11 @@ class MergeOptions:
     cache: Mapping[Any, Any] | None = None
     tqdm: Any = NOT_GIVEN
     output: Any = None
+    output_format: str | None = None
+    shard_size: int | str | None = None
+    side_files: str | os.PathLike[str] | None = None
+    resume: bool = False
+    checksums: bool = False
 
     def given(self, options: Mapping[str, Any]) -> MergeOptions:
         """These options with those of `options` that are not `...`.
@@ -95,6 +109,7 @@ class MergeOptions:
             raise OptionError(f"tqdm must be a class of progress bars or None, got a {type(self.tqdm).__name__}")
         return replace(
             self,
+            shard_size=_shard_size(self.shard_size),
             merge_device=_compute_device(self.merge_device),
             output_device=_device(self.output_device, "output_device"),
             merge_dtype=parse_dtype(self.merge_dtype),
@@ -124,6 +139,17 @@ class MergeOptions:
         if isinstance(wanted, str | MergeSpace) or not isinstance(wanted, Iterable):
             wanted = (wanted,)
         return frozenset(merge_spaces.resolve(s) for s in wanted)
+
+
+def _shard_size(size: int | str | None) -> int | None:
+    if isinstance(size, str):
+        try:
+            size = parse_size(size)
+        except ValueError as error:
+            raise OptionError(f"shard_size: {error}") from error
+    if size is not None and (type(size) is not int or size <= 0):
+        raise OptionError(f"shard_size must be a positive number of bytes or such as '5GB', got {size!r}")
+    return size
 
 
 def _device(device: str | torch.device | None, option: str) -> torch.device | None:

@@ -302,3 +302,36 @@ def test_commands_fail_with_a_message_and_write_nothing(
     assert result.exit_code in (1, 2)
     assert message in result.stderr
     assert not Path("out.safetensors").exists()
+
+
+def test_loras_of_an_embedding_are_added() -> None:
+    base = {"table.weight": rand(10, 6)}
+    loras = [
+        {"table.lora_embedding_A": rand(2, 10, seed=n), "table.lora_embedding_B": rand(6, 2, seed=n)} for n in (1, 2)
+    ]
+    both = sd_mecha.combine_adapters([(loras[0], 1.0), (loras[1], 0.5)], dtype="fp32")
+    expected = sum(
+        scale * (lora["table.lora_embedding_B"] @ lora["table.lora_embedding_A"]).T
+        for scale, lora in zip((1.0, 0.5), loras, strict=True)
+    )
+    found = sd_mecha.merge(sd_mecha.apply_adapter(sd_mecha.model(base), both, strict=True), output_dtype=None)
+    assert found is not None
+    torch.testing.assert_close(found["table.weight"] - base["table.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recipe_of_adapters_ends_in_an_adapter_from_the_command_line(tmp_path: Path) -> None:
+    base = {"a.weight": rand(12, 8), "b.weight": rand(8, 8)}
+    first, second = lora("a", (12, 8), 2, seed=1), lora("b", (8, 8), 2, seed=2)
+    paths = [tmp_path / name for name in ("base.safetensors", "first.safetensors", "second.safetensors")]
+    for path, tensors in zip(paths, (base, first, second), strict=True):
+        save_file(tensors, path)
+    both = sd_mecha.apply_adapter(sd_mecha.apply_adapter(paths[0], paths[1]), paths[2], alpha=0.5)
+    recipe, out = tmp_path / "sum.mecha", tmp_path / "sum.safetensors"
+    sd_mecha.serialize(both - sd_mecha.model(paths[0]), output=recipe)
+    run = CliRunner().invoke(main, ["extract", str(recipe), "--rank", "2", "--dtype", "fp32", "-o", str(out)])
+    assert run.exit_code == 0, run.output
+    made = load_file(out)
+    products = {m: made[f"{m}.lora_up.weight"] @ made[f"{m}.lora_down.weight"] for m in ("a", "b")}
+    for module, scale, parts in (("a", 1.0, first), ("b", 0.5, second)):
+        expected = scale * parts[f"{module}.lora_up.weight"] @ parts[f"{module}.lora_down.weight"]
+        torch.testing.assert_close(products[module], expected, rtol=1e-4, atol=1e-4)

@@ -334,6 +334,6 @@ def test_a_large_change_is_made_piece_by_piece() -> None:
 def test_every_kind_is_tested_here() -> None:
     names = {kind.name for kind in adapters.get_all()}
     assert names == {
-        *("lora", "lora_bias", "lora_embedding", "loha", "lokr", "oft", "peft_oft", "glora"),
+        *("lora", "lora_bias", "lora_embedding", "loha", "lokr", "oft", "peft_oft", "peft_boft", "glora"),
         *("ia3", "peft_ia3", "peft_ia3_bias", "full", "full_bias", "norm", "norm_bias", "set"),
     }

@@ -90,6 +90,7 @@ PEFT: list[tuple[str, dict[str, Any], float | None]] = [
     ("IA3Config", {"target_modules": ["matrix"], "feedforward_modules": []}, None),
     ("IA3Config", {"target_modules": ["matrix"], "feedforward_modules": ["matrix"]}, None),
     ("OFTConfig", {"r": 0, "oft_block_size": 4, "target_modules": ["matrix", "kernel"]}, None),
+    ("BOFTConfig", {"boft_block_size": 4, "target_modules": ["matrix"]}, None),
 ]
 
 
@@ -110,3 +111,26 @@ def test_what_peft_trains(name: str, options: dict[str, Any], alpha: float | Non
     for key, expected in trained.merge_and_unload().state_dict().items():
         torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=2e-6)
     assert any(not torch.equal(found[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_the_butterfly_of_peft(stages: int) -> None:
+    """On the CPU, PEFT merges a single stage only; its permutations and rotations tell what it does on a GPU."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"matrix": nn.Linear(16, 6)})
+    weight = model["matrix"].weight.detach().clone()
+    config = peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=stages, target_modules=["matrix"])
+    trained = peft.get_peft_model(model, config)
+    disturb(trained)
+    stored = {key: value.clone() for key, value in peft.get_peft_model_state_dict(trained).items()}
+    layer = trained.base_model.model["matrix"]
+    blocks = layer.boft_R["default"].detach()
+    rotation = torch.eye(16)
+    for order, stage in zip(layer.boft_P, blocks, strict=True):
+        rotation = order @ torch.block_diag(*layer.cayley_batch(stage)) @ order.T @ rotation
+    expected = weight @ rotation.T * layer.boft_s["default"].detach()
+    found = applied({"matrix.weight": weight}, stored)["matrix.weight"]
+    assert not torch.allclose(found, weight, atol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)

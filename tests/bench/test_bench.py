@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.cases import CASES, NAMES, Case
+import sd_mecha
+from bench.__main__ import NAMES
+from bench.cases import CASES, Case
 from bench.files import SETS, FileSet, Shape, cut, sd15, sdxl, write_model
 from bench.floor import floor
 from bench.process import ChildError, run
+from bench.sources import SOURCES, measure, stored
 from bench.table import BEGIN, END, merge_row, render, write_into
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="samples /proc")
@@ -133,3 +136,26 @@ def test_the_documentation_has_the_markers() -> None:
 def test_cases_have_names_of_their_own_and_files_to_use() -> None:
     assert len(set(NAMES)) == len(NAMES)
     assert all(case.count <= SETS[case.files].count for case in CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folders", "torch_files"])
+def test_models_stored_in_other_ways_are_the_same_models(tmp_path: Path, name: str) -> None:
+    files = SETS["tiny"].make(tmp_path, 2, False)
+    with stored(name, files, tmp_path) as (inputs, parts):
+        assert all(part.is_file() for part in parts)
+        for path, stands_for in zip(inputs, files, strict=True):
+            found = sd_mecha.merge(sd_mecha.model(path), output_dtype=None, tqdm=None)
+            assert found is not None
+            for key, expected in load_file(stands_for).items():
+                assert torch.equal(found[key], expected)
+    assert not (tmp_path / name).exists()
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_source_is_measured_beside_plain_files(tmp_path: Path) -> None:
+    row = measure("resume", tmp_path, 1, quick=True)
+    assert {name: len(values) for name, values in row.items()} == {"plain": 1, "seconds": 1, "memory": 1}
+    table = render({"resume": row})
+    assert SOURCES["resume"].title in table

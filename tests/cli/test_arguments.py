@@ -48,7 +48,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Engine]:
     for name in ("merge", "merge_many", "plan"):
         monkeypatch.setattr(sd_mecha, name, getattr(engine, name), raising=False)
     monkeypatch.setattr(sd_mecha, "deserialize_path", lambda path: f"recipe {path.stem}", raising=False)
-    monkeypatch.setattr(sd_mecha, "model", lambda path: f"model {path.name}", raising=False)
+    monkeypatch.setattr(sd_mecha, "model", lambda path: f"model {path}", raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("r", "s"):
         (tmp_path / f"{name}.mecha").write_text("version 0.1.0\n")
@@ -86,6 +86,28 @@ def test_flags_reach_the_engine(engine: Engine) -> None:
         "fallback_model": "model base.safetensors",
         "tqdm": NoProgress,
     }
+
+
+def test_flags_of_the_output_reach_the_engine(engine: Engine, tmp_path: Path) -> None:
+    flags = "--shard-size 5GB --side-files org/base --resume --checksums"
+    result = call("merge", "r.mecha", "-o", "merged", *flags.split())
+    assert result.exit_code == 0, result.output
+    assert list(engine.outputs) == [tmp_path / "merged"]
+    asked = {"shard_size": 5_000_000_000, "side_files": "org/base", "resume": True, "checksums": True}
+    assert engine.arguments.items() >= asked.items()
+
+
+def test_shards_of_several_recipes_go_into_folders_of_their_names(engine: Engine, tmp_path: Path) -> None:
+    result = call("merge", "r.mecha", "s.mecha", "-o", "merged", "--shard-size", "1GB")
+    assert result.exit_code == 0, result.output
+    assert list(engine.outputs) == [tmp_path / "merged/r", tmp_path / "merged/s"]
+
+
+def test_an_unknown_format_is_named(engine: Engine) -> None:
+    result = call("merge", "r.mecha", "--format", "safetensor")
+    assert result.exit_code == 1
+    assert "unknown model format: 'safetensor'" in result.output
+    assert "safetensors" in result.output
 
 
 def test_plan_takes_the_same_flags(engine: Engine) -> None:

@@ -1,8 +1,7 @@
 """What an optimiser written for 1.0.x calls, as far as it still exists.
 
-Not offered: `open_input_dicts`, the `model_dirs=` and `check_mandatory_keys=` arguments of `merge` and `convert`
-(`extensions.model_dirs.add_path` and `strict_mandatory_keys=` took their places), and `node.set_cache` (nodes are
-frozen; caches go to `merge(cache={node: object})`).
+Not offered: `open_input_dicts` and the `model_dirs=` and `check_mandatory_keys=` arguments of `merge` and `convert`;
+`open_graph`, `extensions.model_dirs.add_path` and `strict_mandatory_keys=` took their places.
 """
 
 from typing import Any

@@ -43,8 +43,8 @@ def test_a_broken_safetensors_file_is_reported_by_its_reader(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "looks", "next_step"),
     [
-        (b"PK\x03\x04....", "PyTorch checkpoint", "convert"),
-        (b"\x80\x02}q\x00.", "PyTorch checkpoint", "convert"),
+        (b"PK\x03\x04....", "PyTorch checkpoint", "data.pkl"),
+        (b"\x80\x02}q\x00.", "Python pickle", "torch.save"),
         (b"GGUF\x03\x00\x00\x00", "GGUF", "convert"),
         (b"<!DOCTYPE html><html>", "web page", "download"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS pointer", "git lfs pull"),

@@ -28,6 +28,11 @@ def scaled(scale: torch.Tensor, name: str = "scale_weight", seed: int = 0) -> di
     }
 
 
+def _blocks(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The scale of every value of a matrix in blocks; the last block of a row or column may be shorter."""
+    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:ROWS, :COLUMNS]
+
+
 def merged(*models: dict[str, torch.Tensor], **options: Any) -> dict[str, Any]:
     recipe = sd_mecha.n_average(*(sd_mecha.model(m) for m in models))
     return dict(sd_mecha.merge(recipe, output_dtype=None, **options) or {})
@@ -40,12 +45,10 @@ def merged(*models: dict[str, torch.Tensor], **options: Any) -> dict[str, Any]:
         (torch.tensor([3.0]), lambda s: s),
         (torch.rand(ROWS) + 0.5, lambda s: s[:, None]),
         (torch.rand(ROWS, 1) + 0.5, lambda s: s),
-        (
-            torch.rand(3, 2) + 0.5,
-            lambda s: s.repeat_interleave(100, 0).repeat_interleave(65, 1),
-        ),
+        (torch.rand(3, 2) + 0.5, lambda s: _blocks(s, 128, 128)),
+        (torch.rand(12, 26) + 0.5, lambda s: _blocks(s, 25, 5)),
     ],
-    ids=["number", "one", "rows", "column", "blocks"],
+    ids=["number", "one", "rows", "column", "blocks", "parts"],
 )
 @pytest.mark.parametrize("name", ["scale_weight", "weight_scale", "weight_scale_inv"])
 def test_matrices_are_read_times_their_scale(scale: torch.Tensor, spread: Any, name: str) -> None:
@@ -54,6 +57,15 @@ def test_matrices_are_read_times_their_scale(scale: torch.Tensor, spread: Any, n
     got = merged(model, model)
     assert set(got) - {"__metadata__"} == {"blocks.0.attn.weight", "blocks.0.attn.bias"}
     assert torch.equal(got["blocks.0.attn.weight"], expected)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="torch has no dtype of powers of two")
+def test_scales_may_be_powers_of_two() -> None:
+    scale = (torch.arange(6, dtype=torch.uint8) + 124).reshape(3, 2).view(torch.float8_e8m0fnu)
+    model = scaled(scale, "weight_scale_inv")
+    powers = torch.tensor([[0.125, 0.25], [0.5, 1.0], [2.0, 4.0]])
+    expected = model["blocks.0.attn.weight"].float() * _blocks(powers, 128, 128)
+    assert torch.equal(merged(model)["blocks.0.attn.weight"], expected)
 
 
 def test_scales_of_activations_go_with_the_fp8_values() -> None:

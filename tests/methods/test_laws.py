@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sd_mecha
@@ -129,7 +129,6 @@ def test_masks_keep_their_ranges(tensors: list[torch.Tensor], alpha: float) -> N
 
 
 @given(tensors=vectors(3), k=SHARES, vote=st.booleans())
-@settings(deadline=None)
 def test_ties(tensors: list[torch.Tensor], k: float, vote: bool) -> None:
     arrays = [t.numpy() for t in tensors]
     got = merged("ties_sum", tensors, "delta", k=k, vote_sgn=vote)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sd_mecha
@@ -48,7 +48,6 @@ def tail(a: torch.Tensor, rank: int) -> float:
 
 
 @given(rows=SIDES, columns=SIDES, rank=st.integers(-1, 10), exact=st.booleans(), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_no_matrix_of_that_rank_is_nearer(rows: int, columns: int, rank: int, exact: bool, seed: int) -> None:
     a = random(rows, columns, seed=seed)
     got = merged("truncate_rank", a, rank=rank, use_approximate_basis=not exact)
@@ -111,7 +110,6 @@ def test_a_ratio_may_come_from_a_model() -> None:
 
 
 @given(rows=SIDES, columns=SIDES, ratio=st.floats(0, 1), exact=st.booleans(), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_a_kronecker_product_is_kept_and_nothing_is_nearer(
     rows: int, columns: int, ratio: float, exact: bool, seed: int
 ) -> None:
@@ -229,7 +227,6 @@ def test_a_cache_keeps_rotations_for_other_strengths(with_base: bool) -> None:
 
 
 @given(n=st.integers(1, 8), seed=st.integers(0, 99), power=st.floats(-2, 2))
-@settings(deadline=None)
 def test_fractional_powers_compose(n: int, seed: int, power: float) -> None:
     q = rotation(n, seed)
     part, rest = (fractional_orthogonal_matrix_power(q, p) for p in (power, 1 - power))
@@ -245,7 +242,6 @@ def test_half_turns_have_a_root_too() -> None:
 
 
 @given(rows=SIDES, columns=st.integers(1, 24), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_procrustes_is_orthogonal_and_optimal(rows: int, columns: int, seed: int) -> None:
     x, y = random(rows, columns, seed=seed), random(rows, columns, seed=seed + 100)
     found = procrustes(x, y)

@@ -100,7 +100,7 @@ def test_della_keeps_large_entries_more_often_and_the_mean_everywhere() -> None:
 
 
 @given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_nothing_left_out_is_the_method_without_dropout(values: list[list[float]]) -> None:
     models = [{"w": torch.tensor(v)} for v in values]
     for options in ({"k": 0.5}, {"k": 1.0, "apply_stock": True}, {"k": 1.0, "apply_median": True}, {"vote_sgn": True}):
@@ -168,7 +168,6 @@ def test_random_numbers_are_uniform_and_independent_across_streams() -> None:
 
 
 @given(start=st.integers(0, 1 << 40), length=st.integers(0, 50), cut=st.integers(0, 50))
-@settings(deadline=None)
 def test_random_numbers_depend_on_the_index_alone(start: int, length: int, cut: int) -> None:
     cut = min(cut, length)
     whole = uniform(5, "key", 2, start, torch.empty(length))

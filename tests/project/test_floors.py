@@ -18,11 +18,11 @@ FLOORS = (
     {"planning"},
     {"execution"},
     {"logs", "options", "process", "progress"},
-    {"graph"},
-    {"conversion", "serialization"},
+    {"graph", "checksums", "resuming"},
+    {"conversion", "serialization", "outputs"},
     {"merging"},
-    {"adapters"},
-    {"demo"},
+    {"adapters", "remerging"},
+    {"demo", "verifying"},
     {"cli"},
 )
 ROOF = {"testing", "recipe_nodes", "streaming", "keys_map"}

@@ -119,7 +119,7 @@ class TestModel:
             model("a", "nope")
 
     def test_other_types_are_refused(self) -> None:
-        with pytest.raises(RecipeTypeError, match="a model is a path or a dict of tensors, not int"):
+        with pytest.raises(RecipeTypeError, match="a model is a path, a dict of tensors or a torch module, not int"):
             model(5)  # type: ignore[arg-type]
 
 

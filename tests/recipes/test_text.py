@@ -83,7 +83,7 @@ def recipes(draw: st.DrawFn) -> RecipeNode:
 
 
 class TestRoundTrip:
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(recipes())
     def test_any_recipe_comes_back_equal(self, recipe: RecipeNode) -> None:
         text = serialize_text(recipe)

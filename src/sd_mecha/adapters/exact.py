@@ -36,6 +36,12 @@ def _lora(parts: Parts) -> Factors:
     return up * scale, down
 
 
+def _embedding(parts: Parts) -> Factors:
+    """An embedding is looked up by row, so its LoRA lies the other way round."""
+    first, second = parts["embedding_a"], parts["embedding_b"]
+    return first.mT * _scale(parts, first.shape[0]), second.mT
+
+
 def _loha(parts: Parts) -> Factors:
     """The rows of an elementwise product of two matrices of rank r are Kronecker products of r and r numbers."""
     first, second = (_pair(parts, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
@@ -77,4 +83,9 @@ def _scale(parts: Parts, rank: int) -> float:
     return 1.0 if alpha is None else float(alpha.reshape(())) / rank
 
 
-_MAKERS: Mapping[str, Callable[[Parts], Factors]] = {"lora": _lora, "loha": _loha, "lokr": _lokr}
+_MAKERS: Mapping[str, Callable[[Parts], Factors]] = {
+    "lora": _lora,
+    "lora_embedding": _embedding,
+    "loha": _loha,
+    "lokr": _lokr,
+}

@@ -22,7 +22,8 @@ from sd_mecha.errors import AdapterError, ParameterError
 from sd_mecha.extensions import merge_methods
 from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.merging import plan, stream
-from sd_mecha.recipes.nodes import RecipeNode
+from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
+from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.dtypes import parse_dtype
 
 _logger = logging.getLogger("sd_mecha")
@@ -145,7 +146,12 @@ def _deltas(
 ) -> Iterator[tuple[str | None, str, str, Tensor]]:
     """Yield module, parameter, key and change of each tensor; a module that the style cannot name is None."""
     options: dict[str, Any] = {"output_dtype": None, "strict_merge_space": "delta", "tqdm": None}
-    with plan(delta, **options) as planned:
+    with plan(delta, allow_empty_merge=True, **options) as planned:
+        if not planned.outputs[0]:
+            raise AdapterError(
+                f"{_CALLER}: {_inputs(delta)} have no key in common; "
+                "expected a tuned model and the base that it was tuned from"
+            )
         config = cast(ModelConfig, planned.finalized(0).model_config)  # planning chooses one
         shapes = [entry.shape for entry in planned.outputs[0].values() if len(entry.shape) > 1]
     check_rank_fits(_CALLER, rule, max((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=0))
@@ -161,6 +167,10 @@ def _deltas(
         parts = {key: name for name, component in layout.components().items() for key in component.keys()}  # noqa: SIM118
         for key, tensor in stream(node, **options):
             yield *_named(style, layout, parts.get(key, "keys"), key), key, tensor
+
+
+def _inputs(delta: RecipeNode) -> str:
+    return " and ".join(dict.fromkeys(node.label() for node in toposort(delta) if isinstance(node, ModelRecipeNode)))
 
 
 def _named(style: Style, layout: ModelConfig, component: str, key: str) -> tuple[str | None, str]:

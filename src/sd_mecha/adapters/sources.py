@@ -26,7 +26,7 @@ from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.memory import MemoryReader
 
 Source = Any
-"""A path of a model or of a `.mecha` recipe, a mapping of keys to tensors, or a recipe."""
+"""A path of a model or of a `.mecha` recipe, a mapping of keys to tensors, a `torch.nn.Module`, or a recipe."""
 
 
 def node_of(source: Source, merge_space: str = "weight") -> RecipeNode:
@@ -39,10 +39,11 @@ def node_of(source: Source, merge_space: str = "weight") -> RecipeNode:
         return source
     if isinstance(source, str | os.PathLike) and Path(source).suffix == ".mecha":
         return deserialize_path(source)
-    if isinstance(source, str | os.PathLike | Mapping):
+    if isinstance(source, str | os.PathLike | Mapping | torch.nn.Module):
         return model(source, merge_space=merge_space)
     raise RecipeTypeError(
-        f"got a {type(source).__name__}; expected the path of a model, a mapping of keys to tensors, or a recipe"
+        f"got a {type(source).__name__}; expected the path of a model, a mapping of keys to tensors, "
+        "a torch module or a recipe"
     )
 
 
@@ -128,8 +129,6 @@ def _reader(source: Source) -> Reader:
         merged = merge(node, merge_dtype=torch.float32, output_dtype=None, strict_merge_space=None, tqdm=None)
         assert merged is not None  # without an output it is returned
         return MemoryReader(merged, "merged adapter")
-    if node.state_dict is not None:
-        return MemoryReader(node.state_dict, "in-memory adapter")
-    assert node.path is not None
-    path = model_dirs.resolve_input(node.path)
-    return model_formats.find(path).reader(path)
+    if node.path is None:
+        return MemoryReader(node.state_dict or {}, "in-memory adapter")
+    return model_formats.open_model(model_dirs.locate(node.path))

@@ -13,6 +13,7 @@ from sd_mecha.cli.info import info
 from sd_mecha.cli.merge import merge
 from sd_mecha.cli.methods import methods
 from sd_mecha.cli.plan import plan
+from sd_mecha.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,6 +25,7 @@ def main() -> None:
 main.add_command(merge)
 main.add_command(plan)
 main.add_command(info)
+main.add_command(verify)
 main.add_command(methods)
 main.add_command(extract)
 main.add_command(resize)

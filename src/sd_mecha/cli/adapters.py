@@ -42,7 +42,7 @@ def _ranked(command: Command) -> Command:
 
 @click.command()
 @click.argument("tuned", metavar="TUNED")
-@click.argument("base", metavar="BASE")
+@click.argument("base", metavar="[BASE]", required=False)
 @_OUTPUT
 @click.option("--kind", type=click.Choice(("lora", "lokr")), default="lora", show_default=True, help="What to make.")
 @_ranked
@@ -59,7 +59,7 @@ def _ranked(command: Command) -> Command:
 @_DEBUG
 def extract(
     tuned: str,
-    base: str,
+    base: str | None,
     output: str,
     exact: bool,
     models_dirs: tuple[Path, ...],
@@ -67,6 +67,8 @@ def extract(
     **arguments: Any,
 ) -> None:
     """Extract an adapter from the difference of the models TUNED and BASE.
+
+    Both may be recipes. Without BASE, TUNED is a recipe that ends in a difference, or a file of one.
 
     How large it gets is set by a rank, or by the share of each weight's change that it must keep. Prints how much of
     the difference it misses.

@@ -15,6 +15,7 @@ from sd_mecha.cli.options import (
     add_models_dirs,
     engine_arguments,
     engine_options,
+    parsed_size,
     read_recipe,
     recipe_type,
 )
@@ -31,6 +32,20 @@ SUFFIX = ".safetensors"
     help="File to write; the folder, if it is one, ends in a slash, or there are several recipes.",
 )
 @engine_options
+@click.option("--format", "output_format", metavar="NAME", help="Of the output: safetensors, huggingface, gguf ...")
+@click.option(
+    "--shard-size",
+    metavar="SIZE",
+    callback=parsed_size,
+    help="Write a folder with files of at most this much, such as 5GB.",
+)
+@click.option(
+    "--side-files",
+    metavar="MODEL",
+    help="Model whose configuration, tokenizer and the like go along. Default: the first that has some.",
+)
+@click.option("--resume", is_flag=True, help="Go on where an interrupted merge of this kind stopped.")
+@click.option("--checksums", is_flag=True, help="Keep a checksum of every tensor read and written.")
 @click.option("--no-progress", is_flag=True, help="Show no progress bar.")
 def merge(
     recipes: tuple[Path, ...],
@@ -38,6 +53,11 @@ def merge(
     models_dirs: tuple[Path, ...],
     no_progress: bool,
     debug: bool,
+    output_format: str | None,
+    shard_size: int | None,
+    side_files: str | None,
+    resume: bool,
+    checksums: bool,
     **flags: Any,
 ) -> None:
     """Merge each recipe into a file.
@@ -46,11 +66,15 @@ def merge(
     in there. OUT is relative to the working directory; --models-dir is for models to be read. Several recipes
     are merged in one pass, which reads a model that they share once.
 
+    With --shard-size, or --format huggingface or diffusers, the output is a folder, OUT itself for a single
+    recipe.
+
     An output appears under its name when it is complete; until then, and if anything fails, a file of that
     name stays as it was. It may be one of the inputs.
     """
     with reported(debug):
-        outputs = output_paths(recipes, output)
+        suffix = suffix_of(output_format, shard_size)
+        outputs = output_paths(recipes, output, suffix)
         add_models_dirs(models_dirs)
         arguments = engine_arguments(**flags)
         nodes = [read_recipe(path) for path in recipes]
@@ -59,6 +83,14 @@ def merge(
         from sd_mecha.progress import NoProgress, RichProgress
 
         arguments["tqdm"] = NoProgress if no_progress else RichProgress
+        asked = {
+            "output_format": output_format,
+            "shard_size": shard_size,
+            "side_files": side_files,
+            "resume": resume or None,
+            "checksums": checksums or None,
+        }
+        arguments |= {name: value for name, value in asked.items() if value is not None}
         for folder in {path.parent for path in outputs}:
             folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -69,22 +101,38 @@ def merge(
         click.echo(summary(outputs, time.monotonic() - started))
 
 
-def output_paths(recipes: Sequence[Path], output: str | None) -> list[Path]:
+def suffix_of(output_format: str | None, shard_size: int | None) -> str:
+    """The ending of outputs that are named after their recipes; none for folders.
+
+    Raises:
+        UnknownNameError: there is no such format.
+    """
+    if output_format is None:
+        return SUFFIX if shard_size is None else ""
+    from sd_mecha.extensions import model_formats
+
+    return next(iter(model_formats.resolve(output_format).suffixes), "")
+
+
+def output_paths(recipes: Sequence[Path], output: str | None, suffix: str = SUFFIX) -> list[Path]:
     """Where each recipe's result goes, as absolute paths.
+
+    Args:
+        recipes: the recipes.
+        output: the output that the user named.
+        suffix: ending of a result that is named after its recipe; "" if it is a folder.
 
     Raises:
         click.UsageError: several recipes would be written to one file.
     """
     if output is None:
-        paths = [recipe.with_suffix(SUFFIX) for recipe in recipes]
-    elif is_folder(output):
-        paths = [Path(output) / recipe.with_suffix(SUFFIX).name for recipe in recipes]
-    elif len(recipes) == 1:
+        paths = [recipe.with_suffix(suffix) for recipe in recipes]
+    elif len(recipes) == 1 and not (suffix and is_folder(output)):
         paths = [Path(output)]
-    elif Path(output).is_file() or Path(output).suffix == SUFFIX:
+    elif Path(output).is_file() or (suffix and Path(output).suffix == suffix):
         raise click.UsageError(f"{len(recipes)} recipes cannot go into one file: give a folder instead of {output}")
     else:
-        paths = [Path(output) / recipe.with_suffix(SUFFIX).name for recipe in recipes]
+        paths = [Path(output) / recipe.with_suffix(suffix).name for recipe in recipes]
     paths = [path.absolute() for path in paths]  # else a relative one would go to the first models dir
     writers: dict[Path, Path] = {}
     for recipe, path in zip(recipes, paths, strict=True):
@@ -104,8 +152,9 @@ def summary(outputs: Sequence[Path], seconds: float) -> str:
     from sd_mecha.process import peak_memory
     from sd_mecha.units import format_seconds, format_size
 
-    size = sum(path.stat().st_size for path in outputs)
-    what = str(outputs[0]) if len(outputs) == 1 else f"{len(outputs)} files in {outputs[0].parent}"
+    files = [file for path in outputs for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    what = str(outputs[0]) if len(outputs) == 1 else f"{len(outputs)} results in {outputs[0].parent}"
     rate = size / max(seconds, 1e-9)
     line = f"{what}: {format_size(size)} in {format_seconds(seconds)} ({format_size(rate)}/s)"
     peak = peak_memory()

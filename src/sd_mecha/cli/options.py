@@ -20,7 +20,8 @@ KEEP = "keep"
 """What `--dtype` and `--merge-dtype` take for "as it is in the file"."""
 
 
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """The bytes that a size on the command line means."""
     try:
         return None if value is None else parse_size(value)
     except ValueError as error:
@@ -28,6 +29,20 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
 
 
 recipe_type = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+_dtype_option = click.option(
+    "--dtype",
+    metavar="DTYPE",
+    default="fp16",
+    show_default=True,
+    help="Of the output: fp16, bf16, fp32 ... or keep.",
+)
+
+_dtype_of_file = click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="That FILE was merged with: fp16, bf16, fp32 ... or keep. Default: found in the file.",
+)
 
 _shared = (
     click.option(
@@ -38,13 +53,7 @@ _shared = (
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Where relative model paths are looked up, before the working directory. May be repeated.",
     ),
-    click.option(
-        "--dtype",
-        metavar="DTYPE",
-        default="fp16",
-        show_default=True,
-        help="Of the output: fp16, bf16, fp32 ... or keep.",
-    ),
+    _dtype_option,
     click.option(
         "--scaled-fp8",
         is_flag=True,
@@ -71,13 +80,12 @@ _shared = (
     click.option(
         "--memory",
         metavar="SIZE",
-        callback=_size,
+        callback=parsed_size,
         help="Budget for live tensors, such as 512MB. Default: 256MiB.",
     ),
     click.option(
         "--fallback",
         metavar="FILE",
-        type=click.Path(path_type=Path),
         help="Model or .mecha recipe to take keys from that the recipe does not produce.",
     ),
     click.option(
@@ -99,6 +107,13 @@ def engine_options(command: Command) -> Command:
     """Give a command the shared flags."""
     for option in reversed(_shared):
         command = option(command)
+    return command
+
+
+def remerge_options(command: Command) -> Command:
+    """Give a command the shared flags, for merging again what is in a file."""
+    for option in reversed(_shared):
+        command = (_dtype_of_file if option is _dtype_option else option)(command)
     return command
 
 
@@ -128,12 +143,12 @@ def read_recipe(path: Path) -> RecipeNode:
 
 def engine_arguments(
     *,
-    dtype: str,
+    dtype: str | None,
     merge_dtype: str,
     device: str,
     threads: int | None,
     memory: int | None,
-    fallback: Path | None,
+    fallback: str | None,
     merge_space: str,
     scaled_fp8: bool,
     strict_adapters: bool,
@@ -142,7 +157,7 @@ def engine_arguments(
     import sd_mecha
 
     arguments: dict[str, Any] = {
-        "output_dtype": _dtype(dtype, "--dtype"),
+        "output_dtype": ... if dtype is None else _dtype(dtype, "--dtype"),
         "merge_dtype": _dtype(merge_dtype, "--merge-dtype"),
         "merge_device": device,
         "strict_merge_space": None if merge_space == "any" else merge_space,
@@ -156,8 +171,8 @@ def engine_arguments(
     if memory is not None:
         arguments["total_buffer_size"] = memory
     if fallback is not None:
-        is_recipe = fallback.suffix == ".mecha"
-        arguments["fallback_model"] = read_recipe(fallback) if is_recipe else sd_mecha.model(fallback)
+        is_recipe = fallback.endswith(".mecha")
+        arguments["fallback_model"] = read_recipe(Path(fallback)) if is_recipe else sd_mecha.model(fallback)
     return arguments
 
 

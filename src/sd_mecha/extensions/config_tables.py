@@ -105,12 +105,20 @@ class StructuralModelConfig(_TabledConfig):
     Args:
         keys: key -> metadata, or the keys alone.
         source: what it is the config of, for messages; an empty text where that is not known.
+        parts: names of components instead; a key belongs to the one that it begins with, before its first dot.
     """
 
-    def __init__(self, keys: Mapping[str, KeyLike] | Iterable[str], source: str = "") -> None:
+    def __init__(
+        self, keys: Mapping[str, KeyLike] | Iterable[str], source: str = "", parts: Iterable[str] = ()
+    ) -> None:
         self.source = source
         table = keys if isinstance(keys, Mapping) else dict.fromkeys(keys)
-        super().__init__("structural", {"keys": ModelComponent(table)})
+        components: dict[str, dict[str, KeyLike]] = {part: {} for part in parts}
+        for key, metadata in table.items():
+            part = key.partition(".")[0]
+            components.setdefault(part if part in components else "keys", {})[key] = metadata
+        components = {part: found for part, found in components.items() if found} or {"keys": {}}
+        super().__init__("structural", {part: ModelComponent(found) for part, found in components.items()})
 
 
 class InferModelConfig(ModelConfig):

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 
 from sd_mecha.errors import ModelNotFoundError
+from sd_mecha.storage import locations
+from sd_mecha.storage.locations import Location
 
 _lock = threading.Lock()
 _dirs: list[Path] = []
@@ -65,6 +67,16 @@ def resolve_input(path: AnyPath) -> Path:
         f"model {os.fspath(path)!r} does not exist in any of these directories; correct the path, or add the "
         f"directory that holds it with model_dirs.add_path():{searched}"
     )
+
+
+def locate(path: AnyPath) -> Location:
+    """Return the place that an input path or an address, such as `https://...`, leads to.
+
+    Raises:
+        ModelNotFoundError: a path exists nowhere; the message lists the places searched.
+        MechaError: nothing here can read such an address.
+    """
+    return locations.locate(path if locations.is_address(path) else resolve_input(path))
 
 
 def resolve_output(path: AnyPath) -> Path:

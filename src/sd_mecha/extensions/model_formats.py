@@ -14,11 +14,23 @@ from typing import Any
 from sd_mecha.errors import ModelNotFoundError, UnknownFormatError
 from sd_mecha.extensions.legacy_formats import MappingReader, MappingWriter
 from sd_mecha.extensions.model_dirs import AnyPath
+from sd_mecha.extensions.output_requests import OutputRequest
 from sd_mecha.extensions.registry import Registry
 from sd_mecha.storage.contract import Reader, Writer
 from sd_mecha.storage.foreign import HEAD_SIZE, describe_foreign
+from sd_mecha.storage.locations import LocalLocation, Location
 
-__all__ = ["ModelFormat", "find", "for_output", "get_all", "register_model_format", "resolve"]
+__all__ = [
+    "LocationFormat",
+    "ModelFormat",
+    "OutputRequest",
+    "find",
+    "for_output",
+    "get_all",
+    "open_model",
+    "register_model_format",
+    "resolve",
+]
 
 
 class ModelFormat(ABC):
@@ -52,6 +64,15 @@ class ModelFormat(ABC):
         """Open a path for reading."""
         return MappingReader(self.get_read_dict(path, 2**28), str(path))
 
+    def writer_for(self, path: Path, request: OutputRequest) -> Writer:
+        """Create the writer of an output path, with what the user asked for beside the tensors.
+
+        Raises:
+            OptionError: the format has no such thing; the default knows none of them.
+        """
+        request.refuse(self.identifier, path, *(name for name, _ in request.given()))
+        return self.writer(path)
+
     def writer(self, path: Path) -> Writer:
         """Create the writer of an output path."""
         if type(self).get_write_dict is ModelFormat.get_write_dict:
@@ -70,9 +91,28 @@ class ModelFormat(ABC):
         return UnknownFormatError(f"format {self.identifier!r} cannot {verb} {str(path)!r}: it is for {only} only")
 
 
+class LocationFormat(ModelFormat):
+    """A format that is recognised and read wherever it lies: on this computer or at an address."""
+
+    @abstractmethod
+    def recognises(self, location: Location) -> bool:
+        """Tell by content whether what lies there is of this format; for a file, by its `head`."""
+
+    @abstractmethod
+    def open(self, location: Location) -> Reader:
+        """Open it for reading."""
+
+    def matches(self, path: Path) -> bool:
+        return self.recognises(LocalLocation(path))
+
+    def reader(self, path: Path) -> Reader:
+        return self.open(LocalLocation(path))
+
+
 DEFAULT_OUTPUT = "safetensors"
 """The format of outputs whose names ask for none."""
 
+_UNKNOWN = "a file of no known format; check that it is a model, and completely downloaded"
 _registry: Registry[ModelFormat] = Registry("model format")
 _logger = logging.getLogger("sd_mecha")
 
@@ -116,8 +156,12 @@ def get_all() -> list[ModelFormat]:
     return _registry.get_all()
 
 
-def find(path: AnyPath) -> ModelFormat:
+def find(path: AnyPath, *, without: str = "") -> ModelFormat:
     """Return the format of an existing path.
+
+    Args:
+        path: where a model is.
+        without: name of a format that is not meant, as one that shows what another has read.
 
     Raises:
         UnknownFormatError: no format recognises it; the message says what it looks like and what to do.
@@ -125,10 +169,39 @@ def find(path: AnyPath) -> ModelFormat:
     path = Path(path)
     formats = get_all()
     for model_format in formats:
-        if model_format.matches(path):
+        if model_format.identifier != without and model_format.matches(path):
             return model_format
     known = ", ".join(_registry) or "none"
     raise UnknownFormatError(f"cannot read {str(path)!r}: it is {_look(path)} (formats that can be read: {known})")
+
+
+def open_model(location: Location, *, without: str = "") -> Reader:
+    """Open what lies somewhere in the format that recognises it.
+
+    Args:
+        location: where a model is.
+        without: name of a format that is not meant, as one that shows what another has read.
+
+    Raises:
+        UnknownFormatError: no format does; the message says what it looks like and what to do.
+    """
+    if isinstance(location, LocalLocation):
+        return find(location.path, without=without).reader(location.path)
+    for model_format in get_all():
+        if not isinstance(model_format, LocationFormat) or model_format.identifier == without:
+            continue
+        if model_format.recognises(location):
+            return model_format.open(location)
+    if location.is_folder():
+        look = "a folder; name a model file in it"
+    elif location.is_file():
+        look = describe_foreign(location.head) or _UNKNOWN
+    else:
+        raise ModelNotFoundError(
+            f"model {location.name!r} does not exist; check the address (of a folder on a web server, name the index "
+            "or the file of the model)"
+        )
+    raise UnknownFormatError(f"cannot read {location.name!r}: it is {look}")
 
 
 def for_output(path: AnyPath) -> ModelFormat:
@@ -163,5 +236,4 @@ def _look(path: Path) -> str:
             head = file.read(HEAD_SIZE)
     except FileNotFoundError:
         raise ModelNotFoundError(f"model {str(path)!r} does not exist; check the path") from None
-    unknown = "a file of no known format; check that it is a model, and completely downloaded"
-    return describe_foreign(head) or unknown
+    return describe_foreign(head) or _UNKNOWN

@@ -1,7 +1,8 @@
 """Python values where a recipe expects a node.
 
 A scalar becomes a literal of config `singleton-mecha`, broadcast by `convert_singleton` to whatever keys it meets; a
-dict becomes a literal with one value per key; a `pathlib.Path` becomes a model; a str stays a str.
+dict becomes a literal with one value per key; a `pathlib.Path` and a `torch.nn.Module` become models; a str stays a
+str.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from sd_mecha.recipes import provider
 from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode, RecipeNode
 
 Scalar = None | bool | int | float | str | torch.Tensor
-RecipeNodeOrValue = RecipeNode | Scalar | Mapping[str, Any] | pathlib.Path
+RecipeNodeOrValue = RecipeNode | Scalar | Mapping[str, Any] | pathlib.Path | torch.nn.Module
 
 
 def value_to_node(node_or_value: RecipeNodeOrValue, expected_type: Any = None) -> RecipeNode:
     """Wrap a Python value as a recipe node; a node is returned as it is.
 
     Args:
-        node_or_value: a node, None, bool, int, float, str, tensor, dict of one kind of these, or `pathlib.Path`.
+        node_or_value: a node, None, bool, int, float, str, tensor, dict of one kind of these, `pathlib.Path` or
+            `torch.nn.Module`.
         expected_type: the type that the parameter declares (None: anything).
 
     Raises:
@@ -37,6 +39,8 @@ def value_to_node(node_or_value: RecipeNodeOrValue, expected_type: Any = None) -
         return value
     if isinstance(value, pathlib.Path):
         return ModelRecipeNode(str(value), None, merge_spaces.resolve("weight"))
+    if isinstance(value, torch.nn.Module):
+        return ModelRecipeNode(value, None, merge_spaces.resolve("weight"))
     if isinstance(value, Mapping):
         _check_mapping(value, expected_type)
         return LiteralRecipeNode(dict(value))
@@ -55,7 +59,7 @@ def _check_scalar(value: Any, expected: Any) -> None:
     if not isinstance(value, None | bool | int | float | str | torch.Tensor):
         raise RecipeTypeError(
             f"a {type(value).__name__} cannot stand in a recipe; "
-            "expected a recipe node, None, bool, int, float, str, tensor, dict or pathlib.Path"
+            "expected a recipe node, None, bool, int, float, str, tensor, dict, pathlib.Path or torch.nn.Module"
         )
     wanted = _value_type(expected)
     if value is None or wanted is None:

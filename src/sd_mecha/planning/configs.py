@@ -8,7 +8,7 @@ fits is structural: its keys are those that all its state dicts have in common.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -34,6 +34,7 @@ class ConfigConstraint:
     config: ModelConfig | None = None
     entries: Entries | None = None
     reason: str = "is declared"
+    parts: Sequence[str] = ()  # the components of a state dict that is a pipeline
 
 
 @dataclass
@@ -74,7 +75,8 @@ def collect(root: RecipeNode, models: OpenModels) -> ConfigFacts:
         if node.model_config is not None:
             classes.constrain(var, ConfigConstraint(node, config=cast(ModelConfig, node.model_config)))
         if isinstance(node, ModelRecipeNode):
-            classes.constrain(var, ConfigConstraint(node, entries=models[node].entries))
+            parts = getattr(models[node], "components", ())
+            classes.constrain(var, ConfigConstraint(node, entries=models[node].entries, parts=parts))
         elif isinstance(node, LiteralRecipeNode):
             for child in node.children:
                 classes.join(var, variable[child])
@@ -152,14 +154,17 @@ def _choose(root: RecipeNode, constraints: list[ConfigConstraint], preferred: li
     if declared is not None and not is_stub(declared):
         _check_votes(root, declared, constraints)
         return declared
-    candidates = [] if declared is model_configs.STRUCTURAL else candidates_of(constraints)
+    in_parts = any(c.parts for c in constraints)  # a pipeline is described by its own components
+    candidates = [] if in_parts or declared is model_configs.STRUCTURAL else candidates_of(constraints)
     if candidates:
         return next((c for c in preferred if c in candidates), candidates[0])
     if any(c.config is model_configs.INFER for c in constraints):
         node = next(c.node for c in constraints if c.config is model_configs.INFER)
         known = ", ".join(c.identifier for c in model_configs.get_all())
         raise ConfigError(f"no known model config fits {path_to(root, node)}; known are: {known}")
-    if declared is not model_configs.STRUCTURAL:
+    if in_parts:
+        _check_parts(root, constraints)
+    elif declared is not model_configs.STRUCTURAL:
         _check_mixture(root, constraints)
     return structural(constraints)
 
@@ -208,6 +213,19 @@ def _check_mixture(root: RecipeNode, constraints: list[ConfigConstraint]) -> Non
             )
 
 
+def _check_parts(root: RecipeNode, constraints: list[ConfigConstraint]) -> None:
+    """A pipeline is merged with what has keys of its components, and with nothing else."""
+    pipeline = next(c for c in constraints if c.parts)
+    for c in constraints:
+        if c.entries and isinstance(c.node, ModelRecipeNode) and not c.entries.keys() & (pipeline.entries or {}).keys():
+            example = next(iter(c.entries))
+            raise ConfigError(
+                f"{path_to(root, pipeline.node)} is a pipeline of {', '.join(pipeline.parts)}, and "
+                f"{path_to(root, c.node)} shares no key with it (it has keys such as {example!r}); merge pipelines "
+                "with each other, or one component by naming its folder"
+            )
+
+
 def _best(candidates: Mapping[ModelConfig, Fit]) -> str:
     return min(candidates, key=lambda c: candidates[c]).identifier
 
@@ -251,4 +269,6 @@ def structural(constraints: Iterable[ConfigConstraint]) -> StructuralModelConfig
     for key, entry in first.items():
         if all(key in other for other in distinct):
             keys[key] = KeyMetadata() if entry is None else KeyMetadata(entry.shape, entry.dtype)
-    return StructuralModelConfig(keys, next((describe(n) for n in nodes if isinstance(n, ModelRecipeNode)), ""))
+    parts = dict.fromkeys(part for c in constraints for part in c.parts)
+    source = next((describe(n) for n in nodes if isinstance(n, ModelRecipeNode)), "")
+    return StructuralModelConfig(keys, source, parts)

@@ -25,7 +25,7 @@ def fill_in(
         if spaces is not None:
             space = prefer(spaces.candidates(node), preference)
         if isinstance(node, ModelRecipeNode):
-            source = node.path if node.path is not None else node.state_dict
+            source = node.path if node.path is not None else node.memory
             assert source is not None
             new[node] = ModelRecipeNode(source, config, space)
         elif isinstance(node, LiteralRecipeNode):

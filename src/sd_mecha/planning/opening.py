@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -18,8 +17,9 @@ from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import Reader
+from sd_mecha.storage.locations import Location
 from sd_mecha.storage.memory import MemoryReader
-from sd_mecha.storage.scaled_fp8 import ScaledReader, find_scales
+from sd_mecha.storage.quantised.views import as_floats
 from sd_mecha.storage.views import RenamedReader
 
 _logger = logging.getLogger("sd_mecha")
@@ -31,6 +31,7 @@ class OpenModels:
 
     readers: list[Reader] = field(default_factory=list)
     index: dict[RecipeNode, int] = field(default_factory=dict)  # model node -> its place in `readers`
+    locations: list[Location] = field(default_factory=list)  # where those readers lie that do not lie in memory
     _created: dict[tuple[int, ModelConfig], int | None] = field(default_factory=dict)
 
     def __getitem__(self, node: RecipeNode) -> Reader:
@@ -85,6 +86,8 @@ def open_models(*roots: RecipeNode) -> OpenModels:
                 continue
             by_source[source] = len(models.readers)
             models.readers.append(reader)
+            if where is not None:
+                models.locations.append(where)
         models.index[node] = by_source[source]
     if problems:
         models.close()
@@ -96,28 +99,28 @@ def open_models(*roots: RecipeNode) -> OpenModels:
     return models
 
 
-def _source(node: ModelRecipeNode) -> tuple[object, Path]:
+def _source(node: ModelRecipeNode) -> tuple[object, Location | None]:
     """What tells a model from others, and where it lies."""
     if node.path is None:
-        return id(node.state_dict), Path()
+        return id(node.memory), None
     with _reporting(node):
-        path = model_dirs.resolve_input(node.path)
-        return str(path), path
+        location = model_dirs.locate(node.path)
+        return location.name, location
 
 
-def _open(node: ModelRecipeNode, path: Path) -> Reader:
-    if node.state_dict is not None:
-        return MemoryReader(node.state_dict, "in-memory model")
+def _open(node: ModelRecipeNode, location: Location | None) -> Reader:
+    if location is None:
+        assert node.state_dict is not None
+        name = f"module {type(node.memory).__name__}" if isinstance(node.memory, torch.nn.Module) else "in-memory model"
+        return MemoryReader(node.state_dict, name)
     with _reporting(node):
-        return model_formats.find(path).reader(path)
+        return model_formats.open_model(location)
 
 
 def _as_known(reader: Reader) -> Reader:
-    """A model as the rest of planning knows it: fp8 matrices times their scales, keys without a foreign prefix."""
-    scales = find_scales(reader.entries, reader.name)
-    if scales:
-        reader = ScaledReader(reader, scales)
-    prefix = foreign_prefix(reader.entries)
+    """A model as the rest of planning knows it: floats for quantised matrices, keys without a foreign prefix."""
+    reader = as_floats(reader)
+    prefix = "" if getattr(reader, "components", ()) else foreign_prefix(reader.entries)
     if not prefix:
         return reader
     names = {name: name[len(prefix) :] for name in reader.entries if name.startswith(prefix)}

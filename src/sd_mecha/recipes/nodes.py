@@ -19,40 +19,51 @@ from sd_mecha.recipes.provider import Method, Named
 
 
 class ModelRecipeNode(RecipeNode):
-    """A model: a file, by path, or a state dict in memory.
+    """A model: a file, by path, or a state dict or a module in memory.
 
     Args:
-        path: path of a file (not opened here), or a mapping of keys to tensors, which counts by identity.
+        path: path of a file (not opened here), or a mapping of keys to tensors or a `torch.nn.Module`, which count by
+            identity.
         model_config: config, or its name, or None to infer it.
         merge_space: merge space, or its name, or None to infer it.
 
     Attributes:
         path: the path, or None for a model in memory.
-        state_dict: the mapping, or None for a model in a file.
+        memory: the mapping or the module, or None for a model in a file.
     """
 
-    __slots__ = ("path", "state_dict")
+    __slots__ = ("memory", "path")
 
     path: str | None
-    state_dict: Mapping[str, Any] | None
+    memory: Mapping[str, Any] | torch.nn.Module | None
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | Mapping[str, Any],
+        path: str | os.PathLike[str] | Mapping[str, Any] | torch.nn.Module,
         model_config: Named | str | None = None,
         merge_space: Named | str | None = None,
     ) -> None:
-        if isinstance(path, Mapping):
+        if isinstance(path, Mapping | torch.nn.Module):
             freeze(self, "path", None)
-            freeze(self, "state_dict", path)
+            freeze(self, "memory", path)
             content: tuple[Any, ...] = ("memory", id(path))
         elif isinstance(path, (str, os.PathLike)):
             freeze(self, "path", _normal_path(path))
-            freeze(self, "state_dict", None)
+            freeze(self, "memory", None)
             content = ("model", self.path)
         else:
-            raise RecipeTypeError(f"a model is a path or a dict of tensors, not {type(path).__name__}")
+            raise RecipeTypeError(f"a model is a path, a dict of tensors or a torch module, not {type(path).__name__}")
         self._freeze(model_config, merge_space, (), content)
+
+    @property
+    def state_dict(self) -> Mapping[str, Any] | None:
+        """The mapping, or None for a model in a file; that of a module is made anew, of the tensors it has now.
+
+        What a module keeps there beside tensors, its extra state, is left out.
+        """
+        if isinstance(self.memory, torch.nn.Module):
+            return {key: value for key, value in self.memory.state_dict().items() if isinstance(value, torch.Tensor)}
+        return self.memory
 
     def with_children(self, children: Sequence[RecipeNode]) -> RecipeNode:
         return self
@@ -61,8 +72,10 @@ class ModelRecipeNode(RecipeNode):
         return visitor.visit_model(self, *args, **kwargs)
 
     def label(self) -> str:
+        if isinstance(self.memory, torch.nn.Module):
+            return f"module {type(self.memory).__name__}"
         if self.path is None:
-            return f"model in memory ({len(self.state_dict or ())} keys)"
+            return f"model in memory ({len(self.memory or ())} keys)"
         return f"model {_short(self.path)!r}"
 
 

@@ -93,7 +93,7 @@ class _Parser:
         if words == ["version", VERSION]:
             self._has_version = True
             return
-        if words[0] == "version":
+        if words[:1] == ["version"]:
             message = f"version {' '.join(words[1:])[:40]!r} cannot be read: this release reads version {VERSION}"
         else:
             message = f"the version is missing: the first line of a recipe is 'version {VERSION}'"

@@ -29,6 +29,35 @@ class TensorEntry:
 
 
 @runtime_checkable
+class ByteSource(Protocol):
+    """A file, wherever it lies, that is read by range from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its path or address."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in it when it was opened."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this content from another that stood in the same place earlier or later."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from that offset on."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Those bytes as a new object; for small things such as headers."""
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedInputError if what the name leads to is not what was opened any more."""
+
+    def close(self) -> None:
+        """Let go of it; it cannot be read afterwards."""
+
+
+@runtime_checkable
 class Reader(Protocol):
     """A model whose tensors can be read by byte range, from several threads at once."""
 
@@ -52,8 +81,24 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class Tracked(Protocol):
+    """A reader that can tell whether what it reads is still the same; most can."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this content from another that stood in the same place earlier or later."""
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedInputError if it is not what was opened any more."""
+
+
+@runtime_checkable
 class Writer(Protocol):
-    """A destination that shows either all declared tensors or, before commit and after abort, none."""
+    """A destination that shows either all declared tensors or, before commit and after abort, none.
+
+    It may also have `completed`, the names that an earlier run has finished, known after `declare`; and
+    `finished(name)`, which is called when all of a tensor is written and it is not dropped.
+    """
 
     def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
         """State every tensor that may be written; called once, before anything is written."""

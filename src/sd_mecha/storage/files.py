@@ -155,10 +155,21 @@ class RangeFile:
             raise self._cannot_open(error) from error
 
     @property
+    def name(self) -> str:
+        """What messages call the file."""
+        return self.path
+
+    @property
     def size(self) -> int:
         """Bytes in the file when it was opened."""
         assert self._opened is not None
         return self._opened.size
+
+    @property
+    def fingerprint(self) -> str:
+        """Path, size, modification time and inode when it was opened."""
+        assert self._opened is not None
+        return " ".join([self.path, *map(str, self._opened)])
 
     def identity(self) -> Identity:
         """Size, modification time and inode that the path has now.

@@ -11,16 +11,17 @@ _STARTS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
         "a Git LFS pointer that stands for the model, not the model itself; fetch it with `git lfs pull`",
     ),
     (
-        b"PK\x03\x04",
-        "a zip archive, most likely a PyTorch checkpoint; convert it to safetensors first",
+        (b"PK\x03\x04", b"PK\x05\x06"),
+        "a zip archive; of these, only a PyTorch checkpoint (with data.pkl in it) is a model",
     ),
     (
         (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        "a Python pickle, most likely an old PyTorch checkpoint; it was not executed; convert it first",
+        "a Python pickle that torch.save did not write, and was not executed; save its tensors with torch.save instead",
     ),
     (b"GGUF", "a GGUF file; convert it to safetensors first"),
     (b"{", "a JSON text, such as the index of a model in several parts, without tensors in it"),
 )
+_TAR_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")  # names of the first one, filled up with NULs
 _HTML_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
 
 
@@ -33,4 +34,8 @@ def describe_foreign(head: bytes) -> str | None:
         return "an empty file (0 bytes): a download or copy that did not finish; fetch it again"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML_STARTS):
         return "a web page (HTML): the download link wants a login or has expired; download the model again"
+    if head[:100].rstrip(b"\0") in _TAR_MEMBERS and len(head) > 100:
+        return (
+            "a tar archive as PyTorch before 0.2 wrote, which cannot be read; load it with torch.load and save it again"
+        )
     return next((what for start, what in _STARTS if head.startswith(start)), None)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Set
+from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from sd_mecha.errors import OutputError, RecipeTypeError
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import TensorEntry, check_range, flat_bytes
 
 METADATA_KEY = "__metadata__"
+_PIECE = 1 << 20  # elements that are looked at together
 
 
 class MemoryReader:
@@ -63,6 +66,11 @@ class MemoryReader:
         skip = start - first * tensor.itemsize
         target[:] = byte_view(_elements(tensor, first, last))[skip : skip + len(target)]
 
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the tensors, computed when it is asked for."""
+        return content_digest(self._tensors)
+
     def close(self) -> None:
         """Forget the tensors."""
         self._tensors, self._views = {}, {}
@@ -81,6 +89,8 @@ class MemoryReader:
         if not isinstance(value, torch.Tensor):
             hint = "; convert it with torch.as_tensor() or remove it"
             raise RecipeTypeError(f"{self.name}: {key!r} must be a tensor, got {type(value).__name__}{hint}")
+        if is_lazy(value):
+            raise RecipeTypeError(f"{self.name}: {key!r} has no data yet; run the module once before merging it")
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             hint = "; convert it with .to_dense() or .dequantize()"
             raise RecipeTypeError(
@@ -127,6 +137,22 @@ class MemoryWriter:
         self._dropped.add(name)
         self._tensors.pop(name, None)
 
+    @property
+    def dropped(self) -> Set[str]:
+        """The declared tensors that the result lacks."""
+        return self._dropped
+
+    def read_back(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes of a finished tensor from byte `start` on."""
+        target = flat_bytes(buffer)
+        check_range(name, start, len(target), self._entries[name].nbytes)
+        if target:
+            target[:] = self._allocate(name)[1][start : start + len(target)]
+
+    def amend(self, metadata: Mapping[str, str]) -> None:
+        """Put other metadata into the mapping than was declared."""
+        self._metadata = dict(metadata)
+
     def complete(self, name: str) -> torch.Tensor:
         """The finished tensor, before commit, for a consumer that streams.
 
@@ -168,6 +194,16 @@ class MemoryWriter:
                     raise OutputError(f"in-memory output: no memory for {name!r} of {entry.nbytes} bytes") from error
                 self._tensors[name] = (tensor, byte_view(tensor))
             return self._tensors[name]
+
+
+def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A checksum of names, shapes, dtypes and values."""
+    found = blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        found.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        for start in range(0, tensor.numel(), _PIECE):
+            found.update(byte_view(_elements(tensor, start, min(start + _PIECE, tensor.numel()))))
+    return found.hexdigest()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -1,9 +1,12 @@
 """A file that is written beside its final name and appears under it only when it is complete.
 
-The bytes go to a hidden temporary file in the same folder. `publish` syncs it to the disk and renames it, so
-that the final name leads to the old file or to the whole new one, whatever happens in between. The disk space
+The bytes go to a hidden temporary file in the same folder, `.NAME.part`. `publish` syncs it to the disk and renames
+it, so that the final name leads to the old file or to the whole new one, whatever happens in between. The disk space
 is reserved first: a full disk is reported before the work, not after. While the work goes on, what is written
 is sent to the disk now and then, so that the sync at the end has little left to wait for.
+
+The temporary file is locked: a second merge to the same output is refused, and what a killed one has left is removed
+by the next, or continued (see `journal`).
 """
 
 from __future__ import annotations
@@ -11,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
+from sd_mecha.storage.locks import Held, claim, leads_to, part_name, remove
 
 _COPY_SIZE = 8 << 20
 _FLUSH_SIZE = 64 << 20
+_FLUSH_SECONDS = 10.0  # where somebody wants to know what is durable
 
 
 class OutputFile:
@@ -32,40 +37,78 @@ class OutputFile:
 
     Args:
         path: the final name. A symbolic link is followed, so that the file it leads to is the one replaced.
+
+    Attributes:
+        on_flush: called before what is written is made durable; what it returns is called after that. Both may run
+            in another thread.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(os.fspath(path))
-        self._temporary: str | None = None
+        self.on_flush: Callable[[], Callable[[], object]] | None = None
+        self._target = ""
+        self._mode: int | None = None  # of the file that is replaced
         self._descriptor = -1
+        self._claimed = False  # whether the temporary file is there and this output's own
         self._unflushed = 0  # bytes, roughly: threads count without a lock
+        self._flushed_at = 0.0
         self._flushing = threading.Lock()  # held while a flush runs, and to close the descriptor
         self._flush_error: OSError | None = None
-        self._lock = threading.Lock()  # guards the file position where positional writes are missing
+        self._lock = threading.Lock()  # guards the file position where positional calls are missing
 
-    def create(self, size: int) -> None:
-        """Create the temporary file and reserve its space.
+    def locate(self) -> None:
+        """Find out where the file will be, and that it may be there. `create` does so, too.
 
         Raises:
-            OutputError: the folder does not exist or allows no new file, the disk is too full, or the final
-                name leads to something that is not a file. Nothing is left behind.
+            OutputError: the folder does not exist, or the final name leads to something that is not a file.
         """
         with self._reporting("cannot be created"):
             target = os.path.realpath(self.path)
         self._check_target(target)
-        folder, name = os.path.split(target)
-        temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        self._temporary, self._target = temporary, target
+        self._target = target
+
+    @property
+    def temporary(self) -> str:
+        """The temporary file; valid once it is known where the file will be."""
+        folder, name = os.path.split(self._target)
+        return os.path.join(folder, part_name(name))
+
+    @property
+    def journal(self) -> str:
+        """Where to keep a journal of what is complete; it is removed together with the temporary file."""
+        return self.temporary + ".journal"
+
+    def create(self, size: int, keep: Callable[[], bool] | None = None) -> bool:
+        """Create the temporary file, lock it and reserve its space.
+
+        Args:
+            size: bytes.
+            keep: asked whether to go on in what a killed run has left, if there is something; else that is removed.
+
+        Returns:
+            Whether the temporary file is such a leftover.
+
+        Raises:
+            OutputError: the folder does not exist or allows no new file, the disk is too full, another merge is
+                writing to the same output, or the final name leads to something that is not a file. Nothing is left
+                behind but what was there.
+        """
+        self.locate()
+        kept = False
         try:
             with self._reporting("cannot be created"):
-                self._descriptor = os.open(temporary, flags, 0o666)
+                self._descriptor, kept = claim(self.temporary, keep)
+                self._claimed, self._flushed_at = True, time.monotonic()
+                if not kept:
+                    self._remove_journal()
             with self._reporting(f"has no room for {size} bytes"):
                 with contextlib.suppress(FileNotFoundError, PermissionError):
-                    os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))  # a private file stays private
-                self._reserve(size, folder)
+                    self._mode = stat.S_IMODE(os.stat(self._target).st_mode)
+                    os.chmod(self.temporary, self._mode | 0o600)  # a private file stays private
+                self._reserve(size)
+            return kept
         except BaseException:
-            self.discard()
+            (self.release if kept else self.discard)()
             raise
 
     def write_at(self, offset: int, view: memoryview) -> None:
@@ -79,8 +122,28 @@ class OutputFile:
         except OSError as error:
             raise self._error("cannot be written", error) from error
         self._unflushed += len(view)
-        if self._unflushed >= _FLUSH_SIZE and capabilities.fdatasync:
+        if self._unflushed >= _FLUSH_SIZE and (capabilities.fdatasync or self.on_flush is not None):
             self._start_flush()
+
+    def flush_if_due(self) -> None:
+        """Make what is written durable beside the work, if that was not done for a while."""
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self._start_flush()
+
+    def read_at(self, offset: int, view: memoryview) -> None:
+        """Fill a flat view with bytes that were written; several threads may do so at once."""
+        with self._reporting("cannot be read back"):
+            if capabilities.preadv:
+                while view:
+                    count = _progress(os.preadv(self._descriptor, [view], offset))
+                    view, offset = view[count:], offset + count
+                return
+            with self._lock:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                while view:
+                    data = os.read(self._descriptor, len(view))
+                    view[: len(data)] = data
+                    view = view[_progress(len(data)) :]
 
     def move_down(self, source: int, destination: int, length: int) -> None:
         """Copy bytes to a lower place in the file; the ranges may overlap."""
@@ -88,7 +151,7 @@ class OutputFile:
         done = 0
         while done < length:
             part = buffer[: length - done]
-            self._read_at(source + done, part)
+            self.read_at(source + done, part)
             self.write_at(destination + done, part)
             done += len(part)
 
@@ -98,25 +161,55 @@ class OutputFile:
         Raises:
             OutputError: the file under the final name is untouched and the temporary one still there.
         """
-        assert self._temporary is not None
         with self._reporting("cannot be completed"):
             os.ftruncate(self._descriptor, size)
-            os.fsync(self._descriptor)
-            self._close()
-            if self._flush_error is not None:  # the system reports a failed write-back once: not to fsync again
-                raise self._flush_error
-            os.replace(self._temporary, self._target)
-        self._temporary = None
-        self._sync_folder()
-
-    def discard(self) -> None:
-        """Remove the temporary file, if there is one."""
+            with self._flushing:
+                self._sync()
+            if self._mode is not None and hasattr(os, "fchmod"):
+                with contextlib.suppress(PermissionError):
+                    os.fchmod(self._descriptor, self._mode)
+            if not leads_to(self.temporary, self._descriptor):
+                raise FileNotFoundError(errno.ENOENT, f"its temporary file {self.temporary!r} was removed or replaced")
+            if not capabilities.rename_open:
+                self._close()
+            os.replace(self.temporary, self._target)
+        self._claimed = False
+        with contextlib.suppress(OSError):  # everything is on the disk
+            self._remove_journal()
         with contextlib.suppress(OSError):
             self._close()
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-            self._temporary = None
+        self.sync_folder()
+
+    def discard(self) -> None:
+        """Remove the temporary file and its journal, if there are any of this output."""
+        if not self._claimed:
+            return
+        self._claimed = False
+        descriptor = self._take_descriptor()
+        with contextlib.suppress(OSError):
+            if descriptor < 0 or leads_to(self.temporary, descriptor):
+                self._remove_journal()
+                remove(self.temporary, descriptor)
+            else:
+                os.close(descriptor)
+
+    def sync(self) -> None:
+        """Make what is written durable now.
+
+        Raises:
+            OutputError: the disk refuses, or did so earlier.
+        """
+        with self._reporting("cannot be completed"), self._flushing:
+            self._unflushed = 0
+            after = self._mark()
+            self._sync()
+            after()
+
+    def release(self) -> None:
+        """Let go of the temporary file, and leave it and its journal to a later run."""
+        self._claimed = False
+        with contextlib.suppress(OSError):
+            self._close()
 
     def _check_target(self, target: str) -> None:
         folder = os.path.dirname(target)
@@ -127,7 +220,7 @@ class OutputFile:
         if os.path.exists(target) and not os.path.isfile(target):
             raise OutputError(f"output {self.path!r} is not a regular file; choose another name")
 
-    def _reserve(self, size: int, folder: str) -> None:
+    def _reserve(self, size: int) -> None:
         if capabilities.fallocate and size:
             try:
                 os.posix_fallocate(self._descriptor, 0, size)
@@ -136,7 +229,7 @@ class OutputFile:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
                     raise
         # Without a reservation the free space is the best forecast; a full disk can still come later.
-        if shutil.disk_usage(folder).free < size:
+        if shutil.disk_usage(os.path.dirname(self._target)).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self._descriptor, size)
 
@@ -151,18 +244,10 @@ class OutputFile:
         while view:
             view = view[_progress(os.write(self._descriptor, view)) :]
 
-    def _read_at(self, offset: int, view: memoryview) -> None:
-        with self._reporting("cannot be read back"), self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            while view:
-                data = os.read(self._descriptor, len(view))
-                view[: len(data)] = data
-                view = view[_progress(len(data)) :]
-
     def _start_flush(self) -> None:
         if not self._flushing.acquire(blocking=False):
             return  # one at a time
-        self._unflushed = 0
+        self._unflushed, self._flushed_at = 0, time.monotonic()
         try:
             threading.Thread(target=self._flush, name="sd-mecha-flush", daemon=True).start()
         except RuntimeError:  # no more threads: only the final sync takes longer
@@ -170,21 +255,46 @@ class OutputFile:
 
     def _flush(self) -> None:
         try:
-            os.fdatasync(self._descriptor)
+            after = self._mark()
+            if capabilities.fdatasync:
+                os.fdatasync(self._descriptor)
+            else:
+                os.fsync(self._descriptor)
+            after()
         except OSError as error:
             self._flush_error = error
         finally:
             self._flushing.release()
 
-    def _close(self) -> None:
+    def _mark(self) -> Callable[[], object]:
+        return (lambda: None) if self.on_flush is None else self.on_flush()
+
+    def _sync(self) -> None:
+        if self._flush_error is not None:  # the system reports a failed write-back once: another sync would succeed
+            raise self._flush_error
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._flush_error = error
+            raise
+
+    def _take_descriptor(self) -> int:
         with self._flushing:  # a flush must not meet a descriptor that belongs to another file by then
             descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
+    def _close(self) -> None:
+        descriptor = self._take_descriptor()
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _sync_folder(self) -> None:
-        """Make the new name durable; the file itself already is, so a folder that cannot be synced is no
-        failure."""
+    def _remove_journal(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.journal)
+
+    def sync_folder(self) -> None:
+        """Make the names in the folder durable; what the files hold already is, so a folder that cannot be synced is
+        no failure."""
         if not capabilities.fsync_directory:
             return
         with contextlib.suppress(OSError):
@@ -203,7 +313,9 @@ class OutputFile:
 
     def _error(self, what: str, error: OSError | ValueError) -> OutputError:
         code = error.errno if isinstance(error, OSError) else None
-        if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        if isinstance(error, Held):
+            step = "wait for it, or choose another name"
+        elif code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             step = "free some space or choose another folder"
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
             step = "check the permissions, close programs that use the file, or choose another folder"

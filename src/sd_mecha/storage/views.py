@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sd_mecha.storage.contract import Reader, TensorEntry
 
@@ -23,6 +23,16 @@ class ReaderView:
 
     def close(self) -> None:
         self._reader.close()
+
+    @property
+    def components(self) -> Sequence[str]:
+        """The parts that a pipeline is made of; none for any other model."""
+        return getattr(self._reader, "components", ())
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the other reader; an AttributeError where that has none."""
+        return self._reader.fingerprint  # type: ignore[attr-defined, no-any-return]
 
     def check_unchanged(self) -> None:
         """Refuse a file that was changed since it was opened, where the reader can tell."""

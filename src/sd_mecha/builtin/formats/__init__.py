@@ -4,5 +4,13 @@ from __future__ import annotations
 
 import importlib
 
-for _name in ("safetensors",):
+for _name in (
+    "peft",
+    "diffusers",
+    "huggingface",
+    "gguf",
+    "distributed",
+    "pytorch",
+    "safetensors",
+):
     importlib.import_module(f"{__name__}.{_name}")

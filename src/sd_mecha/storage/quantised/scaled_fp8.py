@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 _GOING_WITH = ("scale_input", "input_scale", "comfy_quant")
 _IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.(?:.*\.)?weight$")
 _FP8 = torch.float8_e4m3fn
+_POWERS: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # powers of two, made for scales
 
 
 class ScaledReader(ReaderView):
@@ -72,7 +73,7 @@ class ScaledReader(ReaderView):
         columns = shape[1]
         element = torch.arange(first, last)
         row, column = element // columns, element % columns
-        blocks = [-(-size // count) for size, count in zip(shape, scale.shape, strict=True)]
+        blocks = [_block(size, count) for size, count in zip(shape, scale.shape, strict=True)]
         return scale[row // blocks[0], column // blocks[1]]
 
     def _scale(self, name: str) -> Tensor:
@@ -104,11 +105,25 @@ def find_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, str]
     return found
 
 
+def _block(size: int, count: int) -> int:
+    """How long the blocks are that `count` scales stand for along a dimension; the last one may be shorter.
+
+    Blocks are powers of two, where one fits: 576 rows with 5 scales have blocks of 128, not of 116.
+
+    >>> _block(576, 5), _block(1024, 8), _block(960, 5), _block(7, 1), _block(3, 3)
+    (128, 128, 192, 7, 1)
+    """
+    if count in (1, size):
+        return size // count
+    power = 1 << (-(-size // count) - 1).bit_length()  # the least one that is no shorter than equal parts
+    return power if -(-size // power) == count else -(-size // count)
+
+
 def _check(name: str, key: str, shape: tuple[int, ...], scale: str, entry: TensorEntry) -> None:
     rows_only = entry.shape == shape[:1] or entry.shape == (*shape[:1], 1)
     blocks = len(shape) == 2 and len(entry.shape) == 2 and all(map(operator.le, entry.shape, shape))
     plain = entry.numel == 1 or (len(shape) == 2 and (rows_only or blocks))
-    if not plain or not entry.dtype.is_floating_point or entry.dtype in IS_STORAGE_ONLY:
+    if not plain or not entry.dtype.is_floating_point or (entry.dtype in IS_STORAGE_ONLY and entry.dtype != _POWERS):
         raise FileFormatError(
             f"{name}: scale {scale!r} of shape {entry.shape} does not fit the fp8 matrix {key!r} of shape {shape}; "
             "expected one number, one for each row, or one for each block"
@@ -167,6 +182,18 @@ class ScaledWriter:
         self._writer.drop(name)
         if name in self._entries:
             self._writer.drop(_scale_of(name))
+
+    @property
+    def completed(self) -> Set[str]:
+        """What an earlier run finished."""
+        found: Set[str] = getattr(self._writer, "completed", frozenset())
+        return {name for name in found if name not in self._entries or _scale_of(name) in found}
+
+    def finished(self, name: str) -> None:
+        tell = getattr(self._writer, "finished", lambda name: None)
+        tell(name)
+        if name in self._entries:
+            tell(_scale_of(name))
 
     def commit(self) -> None:
         self._writer.commit()

@@ -1,0 +1,51 @@
+"""The folders of Hugging Face's transformers, and models in several files with an index."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sd_mecha.builtin.formats.folders import files_along, open_weights, reference
+from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, register_model_format
+from sd_mecha.storage.contract import Reader, TensorEntry
+from sd_mecha.storage.folders.pipelines import is_pipeline
+from sd_mecha.storage.folders.sharded import STEMS, find_weights, is_index, stem_of
+from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter, SideFile
+from sd_mecha.storage.folders.side_files import CONFIG
+from sd_mecha.storage.locations import Location
+
+_logger = logging.getLogger("sd_mecha")
+
+
+@register_model_format
+class HuggingFaceFormat(LocationFormat):
+    """A folder with one model in it, or the index of a model in several files."""
+
+    identifier = "huggingface"
+
+    def recognises(self, location: Location) -> bool:
+        if location.is_folder():
+            return not is_pipeline(location) and find_weights(location) is not None
+        return is_index(location)
+
+    def open(self, location: Location) -> Reader:
+        return open_weights(location)
+
+    def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
+        folder = reference(request, CONFIG)
+
+        def along(entries: Mapping[str, TensorEntry]) -> Iterable[SideFile]:
+            if folder is not None:
+                return files_along(folder, entries)
+            _logger.warning(
+                "%s is written without a %s: no model of the recipe lies beside one; side_files names one", path, CONFIG
+            )
+            return ()
+
+        weights = None if folder is None else find_weights(folder)
+        stem = STEMS[0] if weights is None else stem_of(weights)
+        return ShardedWriter(path, [Part(stem)], request.shard_size, along, request.resume)
+
+    def writer(self, path: Path) -> ShardedWriter:
+        return self.writer_for(path, OutputRequest())

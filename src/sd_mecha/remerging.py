@@ -1,0 +1,185 @@
+"""Merging some tensors of a recipe again, to see whether a file has the same bits."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sd_mecha.execution.run import Runner
+from sd_mecha.extensions.merge_methods import RecipeNodeOrValue
+from sd_mecha.merging import plan, run_options
+from sd_mecha.options import MergeOptions
+from sd_mecha.resuming import telling
+from sd_mecha.storage.buffers import byte_view
+from sd_mecha.storage.contract import Reader, TensorEntry
+from sd_mecha.storage.dtypes import dtype_name
+from sd_mecha.storage.memory import MemoryWriter
+from sd_mecha.storage.quantised.scaled_fp8 import MARKER, ScaledWriter, find_scales
+
+_CHUNK = 1 << 20
+_SHOWN = 3
+
+
+def compare_with_recipe(
+    reader: Reader, recipe: RecipeNodeOrValue, sample: int | None, seed: int, options: Mapping[str, Any]
+) -> tuple[int, list[str], list[str]]:
+    """Merge some tensors of a recipe again and compare their bits with those of a file.
+
+    Names, shapes and dtypes of all tensors are compared as well. Where the options leave it open, the output dtype is
+    that of the file, and scaled fp8 if the file is so.
+
+    Args:
+        reader: the file.
+        recipe: what it should be made of.
+        sample: how many tensors to merge; None: all.
+        seed: what decides which.
+        options: as for `merge`, without those of outputs.
+
+    Returns:
+        How many tensors were compared; what differs; and what could not be found out.
+
+    Raises:
+        MechaError: the recipe cannot be planned or merged.
+    """
+    checked = MergeOptions().given({**_of_the_file(reader.entries), **options})
+    given = {**options, "output_dtype": checked.output_dtype}
+    with plan(recipe, **given) as planned:
+        sink = _Comparison(reader)
+        writer = ScaledWriter(sink) if checked.scaled_fp8 else sink
+        writer.declare(planned.outputs[0], {})
+        problems = sink.compare_headers()
+        keys = list(planned.outputs[0])
+        chosen = random.Random(seed)
+        present = _sample(chosen, [k for k in keys if k in reader.entries and k not in sink.unlike], sample)
+        absent = [k for k in keys if k not in reader.entries]
+        probed = _sample(chosen, absent, sample)
+        wanted = {*present, *probed}
+        programs = [p for p in planned.programs if any(key in wanted for _, key, _ in p.outputs)]
+        sink.wanted = wanted | {name for name in sink.entries if name not in planned.outputs[0]}
+        done = telling([writer], lambda target, key, nbytes: None)
+        Runner(planned, [writer], run_options(checked), done).run(programs)
+    problems += sink.differences()
+    notes = []
+    if lost := [key for key in present if key in sink.dropped]:
+        problems.append(f"the recipe cannot make {counted(lost)} any more, {_such_as(lost)}")
+    if made := [key for key in probed if key not in sink.dropped]:
+        least = "" if len(probed) == len(absent) else "at least "
+        problems.append(f"it lacks {least}{counted(made)} that the recipe makes, {_such_as(made)}")
+    elif len(probed) < len(absent):
+        notes.append(f"it lacks {counted(absent)} of the recipe; {len(probed)} of them cannot be made")
+    return len(present), problems, notes
+
+
+class _Comparison(MemoryWriter):
+    """Compares each result with a file when it is finished, and lets go of it.
+
+    Attributes:
+        entries: what the recipe makes.
+        unlike: names whose shape or dtype is another in the file.
+        wanted: names to compare.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__({})
+        self._reader = reader
+        self._lines: dict[str, str] = {}
+        self._guard = threading.Lock()
+        self.entries: dict[str, TensorEntry] = {}
+        self.unlike: set[str] = set()
+        self.wanted: Collection[str] = ()
+        self._compared: set[str] = set()
+
+    @property
+    def dropped(self) -> set[str]:
+        """What cannot be made; what was let go of after it was compared does not count."""
+        return self._dropped - self._compared
+
+    def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+        super().declare(entries, metadata)
+        self.entries = dict(entries)
+
+    def compare_headers(self) -> list[str]:
+        """What shapes, dtypes and names differ in, in a few lines; names that only the recipe has do not count yet."""
+        stored = self._reader.entries
+        unlike = {name: entry for name, entry in self.entries.items() if name in stored and stored[name] != entry}
+        self.unlike = set(unlike)
+        lines = [
+            f"tensor {name!r} is {_shown(stored[name])}; the recipe makes {_shown(entry)}"
+            for name, entry in list(unlike.items())[:_SHOWN]
+        ]
+        if len(unlike) > _SHOWN:
+            lines.append(f"... and {len(unlike) - _SHOWN} more are of another shape or dtype")
+        if extra := [name for name in stored if name not in self.entries]:
+            lines.append(f"it has {counted(extra)} that the recipe does not make, {_such_as(extra)}")
+        return lines
+
+    def finished(self, name: str) -> None:
+        """All of that result is there, unless it was dropped."""
+        if name in self._dropped:
+            return
+        self._compared.add(name)
+        if name in self.wanted and name in self._reader.entries and name not in self.unlike:
+            line = self._compare(name, self.complete(name))
+            if line:
+                with self._guard:
+                    self._lines[name] = line
+        self.drop(name)
+
+    def differences(self) -> list[str]:
+        """A line for each tensor that differs, in the order of the recipe."""
+        return [self._lines[name] for name in self.entries if name in self._lines]
+
+    def _compare(self, name: str, made: torch.Tensor) -> str:
+        flat = made.reshape(-1).view(torch.uint8) if made.numel() else torch.empty(0, dtype=torch.uint8)
+        buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.uint8)
+        size = made.itemsize
+        count, first = 0, -1
+        for start in range(0, flat.numel(), _CHUNK):
+            part = buffer[: flat.numel() - start]
+            self._reader.read_into(name, start, byte_view(part))
+            ours = flat[start : start + len(part)]
+            if not torch.equal(part, ours):
+                unequal = (part != ours).view(-1, size).any(dim=1)
+                first = start // size + int(unequal.int().argmax()) if first < 0 else first
+                count += int(unequal.sum())
+        if not count:
+            return ""
+        where = f"{count} of {made.numel()} elements, first element {first}"
+        return f"tensor {name!r} is not what the recipe makes: it differs in {where}"
+
+
+def _of_the_file(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    """Output options that a file with those tensors was written with, as far as it tells."""
+    scales = find_scales(entries, "") if any(name.rpartition(".")[2] == MARKER for name in entries) else {}
+    scaled = {*scales, *scales.values()}
+    plain = (e for name, e in entries.items() if name not in scaled and name.rpartition(".")[2] != MARKER)
+    dtypes = {entry.dtype for entry in plain if entry.dtype.is_floating_point}
+    found: dict[str, Any] = {"output_dtype": dtypes.pop() if len(dtypes) == 1 else None}
+    if scales:
+        found["scaled_fp8"] = True
+    return found
+
+
+def _sample(chosen: random.Random, keys: Sequence[str], count: int | None) -> list[str]:
+    return list(keys) if count is None or count >= len(keys) else chosen.sample(keys, count)
+
+
+def counted(names: Collection[str]) -> str:
+    """How many tensors there are.
+
+    >>> counted(["a"]), counted(["a", "b"])
+    ('1 tensor', '2 tensors')
+    """
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}"
+
+
+def _shown(entry: TensorEntry) -> str:
+    return f"{dtype_name(entry.dtype)} of shape {entry.shape}"
+
+
+def _such_as(names: Sequence[str]) -> str:
+    return "such as " + ", ".join(map(repr, names[:_SHOWN]))

@@ -1,0 +1,276 @@
+"""A folder that is written beside its final name and appears under it only when it is complete.
+
+Files go into `.NAME.part`, in the same parent folder. `publish` syncs all of it to the disk and gives it the final
+name: by a rename, or where a folder of that name exists, by letting both change places, in one step where the system
+can. What else lies in the old folder comes along; the old folder is removed only when the new one is in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator
+
+from sd_mecha.errors import OutputError, OutputFolderError
+from sd_mecha.storage import locks
+from sd_mecha.storage.capabilities import capabilities
+from sd_mecha.storage.contract import ByteSource
+
+_COPY_SIZE = 8 << 20
+_AT_CWD, _EXCHANGE = -100, 2  # of Linux' renameat2
+_IS_MODEL = re.compile(
+    r"config\.json|model_index\.json|.*\.index(\.\w+)?\.json|adapter_config\.json"
+    r"|(model|diffusion_pytorch_model|adapter_model)\b.*\.safetensors|pytorch_model.*\.bin"
+)
+
+_logger = logging.getLogger("sd_mecha")
+
+
+class OutputFolder:
+    """An output folder under construction. Nothing touches the disk before `create`.
+
+    Args:
+        path: the final name. A symbolic link is followed, so that the folder it leads to is the one replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._target = ""
+        self.part = ""
+        """Where the files go until they are published; empty before `create` and after the end."""
+        self._lock = -1
+
+    def create(self, keep: Collection[str] = ()) -> None:
+        """Lock the output and make the folder for its files.
+
+        Args:
+            keep: relative paths of what may stay of an earlier run that was interrupted.
+
+        Raises:
+            OutputError: the parent folder does not exist or allows no new folder, another merge writes to this one, or
+                what stands there is neither empty nor the folder of a model.
+        """
+        with self._reporting("cannot be created"):
+            self._target = os.path.realpath(self.path)
+            self._check_target()
+            folder, name = os.path.split(self._target)
+            part = os.path.join(folder, locks.part_name(name))
+            self._old = part.removesuffix(".part") + ".old"
+            self._lock, _ = locks.claim(f"{part}.lock", lambda: True)
+            self._lock_path = f"{part}.lock"
+        try:
+            with self._reporting("cannot be created"):
+                self._recover()
+                if os.path.lexists(part) and not keep:
+                    _remove_tree(part)
+                os.makedirs(part, exist_ok=True)
+                self.part = part
+                if keep:
+                    _sweep(part, {os.path.join(part, *name.split("/")) for name in keep})
+        except BaseException:
+            self.discard()
+            raise
+
+    def place(self, name: str) -> str:
+        """The path of a file under construction, by its relative name; its folder is made."""
+        path = os.path.join(self.part, *name.split("/"))
+        with self._reporting("cannot be created"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+    def put(self, name: str, content: bytes | ByteSource) -> None:
+        """Write a small file, or copy one.
+
+        Raises:
+            OutputError: the disk refused.
+        """
+        path = self.place(name)
+        with self._reporting(f"cannot hold {name!r}"), open(path, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                for start in range(0, content.size, _COPY_SIZE):
+                    file.write(content.read(start, min(_COPY_SIZE, content.size - start)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self, replaced: Callable[[str], bool]) -> None:
+        """Make the folder durable and give it its final name, with what the old folder holds besides.
+
+        Args:
+            replaced: whether a file of the old folder, by its relative name, is not to come along.
+
+        Raises:
+            OutputError: the old folder is in its place as it was, and the new one still under construction.
+        """
+        with self._reporting("cannot be completed"):
+            exists = os.path.isdir(self._target)
+            if exists:
+                _carry(self._target, self.part, replaced)
+                os.chmod(self.part, stat.S_IMODE(os.stat(self._target).st_mode))
+            for folder, _, _ in os.walk(self.part):
+                _sync(folder)
+            if exists:
+                self._exchange()
+            else:
+                os.rename(self.part, self._target)
+            self.part = ""
+            _sync(os.path.dirname(self._target))
+        try:
+            if exists:
+                _remove_tree(self._old)
+        except OSError as error:
+            _logger.warning("the old folder %r could not be removed: %s; remove it", self._old, error.strerror)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove what was written. Harmless after publishing or a second time."""
+        if self.part:
+            with contextlib.suppress(OSError):
+                _remove_tree(self.part)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the lock; what was written stays for the next run."""
+        self.part = ""
+        if self._lock >= 0:
+            descriptor, self._lock = self._lock, -1
+            with contextlib.suppress(OSError):
+                locks.remove(self._lock_path, descriptor)
+
+    def _check_target(self) -> None:
+        folder = os.path.dirname(self._target)
+        if not os.path.isdir(folder):
+            raise OutputFolderError(f"output {self.path!r}: there is no folder {folder!r}; create it or choose another")
+        if not os.path.lexists(self._target):
+            return
+        if not os.path.isdir(self._target):
+            raise OutputError(f"output {self.path!r} is a file, and the output a folder; choose another name")
+        found = os.listdir(self._target)
+        if found and not any(_IS_MODEL.fullmatch(name) for name in found):
+            raise OutputError(
+                f"output {self.path!r} is a folder that holds something else than a model, such as {min(found)!r}; "
+                "name a file in it, or a folder that is new, empty, or that of a model to be replaced"
+            )
+
+    def _recover(self) -> None:
+        """Put back, or remove, the old folder that a run left which was killed while it published."""
+        if os.path.lexists(self._old):
+            if os.path.lexists(self._target):
+                _remove_tree(self._old)
+            else:
+                os.rename(self._old, self._target)
+
+    def _exchange(self) -> None:
+        """Put the new folder in the place of the old one, which is at `self._old` afterwards."""
+        if capabilities.exchange and _exchange(self.part, self._target):
+            self._old = self.part
+            return
+        os.rename(self._target, self._old)
+        try:
+            os.rename(self.part, self._target)
+        except BaseException:
+            os.rename(self._old, self._target)
+            raise
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            if isinstance(error, OutputError):
+                raise
+            raise self._error(what, error) from error
+
+    def _error(self, what: str, error: OSError | ValueError) -> OutputError:
+        code = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, locks.Held):
+            return OutputError(f"output {self.path!r}: another merge is writing to it; wait for it to end")
+        if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            step = "free some space or choose another folder"
+        elif code in (errno.EBUSY, errno.EXDEV):
+            step = "it may be a disk of its own: name a folder in it"
+        else:
+            step = "check the permissions and the disk, or choose another folder"
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        reported = OutputError(f"output {self.path!r} {what}: {reason}; {step}")
+        reported.errno = code
+        return reported
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Let two names change places in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), other)
+
+
+def _carry(source: str, target: str, replaced: Callable[[str], bool]) -> None:
+    """Give the new folder what the old one holds besides, without copying where files can have two names."""
+    for folder, folders, files in os.walk(source):
+        inside = os.path.relpath(folder, source)
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in [*files, *links]:
+            relative = name if inside == "." else f"{inside.replace(os.sep, '/')}/{name}"
+            there = os.path.join(target, inside, name)
+            if replaced(relative) or os.path.lexists(there):
+                continue
+            os.makedirs(os.path.dirname(there), exist_ok=True)
+            _link(os.path.join(folder, name), there)
+        if not files and not folders:
+            os.makedirs(os.path.join(target, inside), exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links, or a file of somebody else
+        shutil.copy2(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sweep(folder: str, keep: Collection[str]) -> None:
+    """Remove all files but some."""
+    for inside, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
+        for name in [*files, *links]:
+            if (path := os.path.join(inside, name)) not in keep:
+                os.unlink(path)
+
+
+def _remove_tree(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _sync(folder: str) -> None:
+    """Make the names in a folder durable; the files themselves already are, so failing to is no failure."""
+    if not capabilities.fsync_directory:
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

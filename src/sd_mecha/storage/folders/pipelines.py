@@ -1,0 +1,80 @@
+"""Folders of diffusers pipelines: `model_index.json` names the components, each of which has a folder of its own."""
+
+from __future__ import annotations
+
+import re
+
+from sd_mecha.errors import FileFormatError
+from sd_mecha.storage.folders.sharded import find_weights
+from sd_mecha.storage.locations import Location
+from sd_mecha.storage.strict_json import brief, parse_object
+
+PIPELINE = "model_index.json"
+"""What makes a folder a pipeline."""
+
+_MAX_PIPELINE = 1 << 20
+_NAME = re.compile(r"[A-Za-z]\w*")
+
+
+def is_pipeline(location: Location) -> bool:
+    """Whether a place is the folder of a pipeline, or the `model_index.json` in it."""
+    if location.is_folder():
+        return location.child(PIPELINE).is_file()
+    return location.basename == PIPELINE and location.head.startswith(b"{")
+
+
+def pipeline_folder(location: Location) -> Location:
+    """The folder of a pipeline, from what `is_pipeline` says yes to."""
+    return location if location.is_folder() else location.parent()
+
+
+def components(folder: Location) -> dict[str, Location]:
+    """The folders of the components of a pipeline, by name, in the order in which the pipeline names them.
+
+    Raises:
+        FileFormatError: `model_index.json` breaks a rule.
+    """
+    listing = folder.child(PIPELINE)
+    name = listing.name
+    pipeline = parse_object(listing.read(_MAX_PIPELINE), name)
+    found = {}
+    for component, value in pipeline.items():
+        if not _is_component(value):
+            continue
+        if not _NAME.fullmatch(component):
+            raise FileFormatError(
+                f"{name}: bad name of a component: got {brief(component)}, expected letters, digits and underscores"
+            )
+        found[component] = folder.child(component)
+    if not found:
+        raise FileFormatError(
+            f"{name}: names no component: got {brief(sorted(pipeline))}, expected names with a library and a class each"
+        )
+    return found
+
+
+def component_weights(folder: Location) -> dict[str, Location]:
+    """What the components of a pipeline keep their weights in; schedulers and tokenizers have none.
+
+    Raises:
+        FileFormatError: `model_index.json` breaks a rule, or no component has weights.
+    """
+    found = {}
+    parts = components(folder)
+    for name, place in parts.items():
+        weights = find_weights(place)
+        if weights is not None:
+            found[name] = weights
+    if not found:
+        raise FileFormatError(
+            f"{folder.name}: none of its components has weights (looked in {', '.join(parts)}); download them, too"
+        )
+    return found
+
+
+def _is_component(value: object) -> bool:
+    """Whether this stands for `[library, class]` of something that may have weights."""
+    if type(value) is not list or len(value) != 2:
+        return False
+    library, kind = value
+    return type(library) is str and type(kind) is str

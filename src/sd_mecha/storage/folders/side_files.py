@@ -1,0 +1,144 @@
+"""What lies in the folder of a model beside its weights, and goes along when another model is made after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from sd_mecha.storage.contract import TensorEntry
+from sd_mecha.storage.dtypes import IS_STORAGE_ONLY, dtype_name, is_integral
+from sd_mecha.storage.locations import LocalLocation, Location
+
+CONFIG = "config.json"
+MAX_SIDE_FILE = 64 << 20
+"""Bytes; what is larger is no side file. The largest tokenizers have half of that."""
+
+_DEPTH = 3  # folders within folders
+_MOST = 1000
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|pb|tflite|ot|npz|npy|part|tmp)"
+    r"|.*\.index(\.\w+)?\.json",
+    re.IGNORECASE,
+)
+_PLAIN = re.compile(r"[^.\\:/][^\\:/]*")  # names that are names on every system, and not hidden
+_CACHES = frozenset({"__pycache__", "cache", "onnx", "openvino", "runs", "wandb", "logs"})
+_USUAL = (
+    CONFIG, "model_index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "scheduler_config.json", "README.md", "LICENSE",
+)  # fmt: skip
+_HEADS = ("lm_head.weight", "embed_out.weight")
+"""Matrices that a model may share with its embedding, and then does not store."""
+_DTYPES = ("torch_dtype", "dtype")
+
+_logger = logging.getLogger("sd_mecha")
+
+
+def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Location]]:
+    """Relative path and place of every file that is neither weights nor an index, hidden, in a cache, or huge.
+
+    Args:
+        folder: where they lie. Where it cannot be listed, the usual names are tried.
+        deep: whether those in folders within it count.
+    """
+    found = _listed(folder, "", _DEPTH if deep else 0)
+    if not isinstance(folder, LocalLocation) and not folder.children():
+        found = ((name, folder.child(name)) for name in _USUAL)
+    count = 0
+    for name, place in found:
+        if not place.is_file():
+            continue
+        count += 1
+        if count > _MOST:
+            _logger.warning("%s: holds more than %d files; the others do not go along", folder.name, _MOST)
+            return
+        source = place.open()
+        size = source.size
+        source.close()
+        if size > MAX_SIDE_FILE:
+            _logger.warning("%s: has %d bytes and does not go along with the output", place.name, size)
+        else:
+            yield name, place
+
+
+def _listed(folder: Location, inside: str, depth: int) -> Iterator[tuple[str, Location]]:
+    for name in folder.children():
+        if not _PLAIN.fullmatch(name) or _WEIGHTS.fullmatch(name) or name.lower() in _CACHES:
+            continue
+        place = folder.child(name)
+        if not place.is_folder():
+            yield inside + name, place
+        elif depth:
+            yield from _listed(place, f"{inside}{name}/", depth - 1)
+
+
+def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collection[str], name: str) -> bytes:
+    """A `config.json` that says of the output what it said of the model that it comes from.
+
+    The dtype becomes that of the output, where all its floats have the same. Whether the head shares the matrix of the
+    embedding is said where the output stores a head and the other model did not, or the other way round. How the
+    other model was quantised is left out where the output is not. Everything else stays; without a change the
+    text does, too.
+
+    Args:
+        raw: the text.
+        entries: the tensors of the output.
+        before: names of the tensors of the model that the config comes from.
+        name: what messages call the file.
+    """
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        _logger.warning("%s: is not a JSON object and goes along as it is", name)
+        return raw
+    old = json.dumps(config)
+    if config.get("quantization_config") is not None and _is_plain(entries.values()):
+        _logger.info("%s: the output is not quantised: quantization_config is left out", name)
+        del config["quantization_config"]
+    dtype = common_dtype(entries.values())
+    if dtype is not None:
+        _set_dtype(config, dtype_name(dtype))
+    tied = _tied(entries, before)
+    if tied is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = tied
+    return raw if json.dumps(config) == old else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def common_dtype(entries: Iterable[TensorEntry]) -> torch.dtype | None:
+    """The dtype of all floats, None where they differ or there are none."""
+    found = {entry.dtype for entry in entries if not is_integral(entry.dtype)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_plain(entries: Iterable[TensorEntry]) -> bool:
+    """Whether nothing large is stored in another way than as floats that one can compute with."""
+    return not any(
+        (is_integral(entry.dtype) or entry.dtype in IS_STORAGE_ONLY) and len(entry.shape) > 1 for entry in entries
+    )
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    """Replace the dtype of a model, and of the models within it."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "quantization_config":
+            _set_dtype(value, name)
+        elif key in _DTYPES and isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype):
+            config[key] = name
+
+
+def _tied(entries: Collection[str], before: Collection[str]) -> bool | None:
+    """Whether the output shares a head that the other model stores, or stores one that it shares; None: as before."""
+    for head in _HEADS:
+        if before and (head in entries) != (head in before):
+            return head not in entries
+    return None

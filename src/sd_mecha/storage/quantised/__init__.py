@@ -1,0 +1,1 @@
+"""Weights of few bits, shown as the floats that they stand for."""

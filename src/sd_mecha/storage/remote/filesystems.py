@@ -1,0 +1,185 @@
+"""Files at addresses that fsspec knows: `s3://`, `hf://`, `gs://`, `sftp://`, `memory://` and many more.
+
+fsspec's own caches are switched off, for `block_cache` stands in front of all remote files. Its file objects
+have a position, so each is used by one thread at a time; file systems whose files are no such objects are asked
+for ranges by path.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
+from sd_mecha.storage.remote.block_cache import Sink
+from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "hf": "hf"}
+_PASSWORD = re.compile(r"^([^:/]+://)[^/@]*:[^/@]*@")
+_MARKS = (
+    *("ETag", "etag", "VersionId", "version_id", "generation", "md5", "content_md5", "sha256", "blob_id"),
+    *("LastModified", "last_modified", "modified", "mtime", "created", "ino"),
+)
+"""What file systems call that which tells a content from another."""
+
+
+class FilesystemPlace:
+    """An address in some file system.
+
+    Args:
+        address: the address.
+        system: the file system, if it is known already.
+        path: its own name for the place.
+
+    Raises:
+        MechaError: fsspec does not know such addresses, or lacks a library for them; nothing was asked yet.
+    """
+
+    def __init__(self, address: str, system: Any = None, path: str = "") -> None:
+        self._address = address
+        self._system, self._path = (system, path) if system is not None else _resolve(address)
+        self._files: list[Any] = []
+        self._keep = 0
+        self._lock = threading.RLock()
+        self.name = _PASSWORD.sub(r"\1", address)
+
+    @property
+    def basename(self) -> str:
+        return self._address.rstrip("/").rpartition("/")[2]
+
+    def find(self) -> Found:
+        try:
+            self._system.invalidate_cache(self._path)
+            details = self._system.info(self._path)
+        except Exception as error:
+            self._fail(error, fetching=False)
+        if details.get("type") == "directory":
+            raise ModelNotFoundError(f"model {self.name!r} is a folder; name a model file in it")
+        if not isinstance(details.get("size"), int):
+            raise ModelAccessError(f"{self.name}: the file system does not say how large it is; download it first")
+        found = Found(details["size"], _marks(details), b"")
+        head = bytearray()
+        if found.size:
+            self.fetch(found, 0, min(HEAD, found.size), head.extend)
+        return replace(found, head=bytes(head))
+
+    def fetch(self, found: Found, start: int, stop: int, sink: Sink) -> None:
+        try:
+            data = self._read(found, start, stop)
+        except Exception as error:
+            self._fail(error, fetching=True)
+        sink(memoryview(data)[: stop - start])
+        if len(data) < stop - start:
+            raise InterruptedFetch(f"got {len(data)} of {stop - start} bytes")
+
+    def is_folder(self) -> bool:
+        try:
+            return bool(self._system.isdir(self._path))
+        except Exception as error:
+            self._fail(error, fetching=False)
+
+    def children(self) -> list[str]:
+        try:
+            names = self._system.ls(self._path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except Exception as error:
+            self._fail(error, fetching=False)
+        return sorted({str(name).rstrip("/").rpartition("/")[2] for name in names} - {""})
+
+    def below(self, names: tuple[str, ...]) -> FilesystemPlace:
+        address, path = ("/".join([start.rstrip("/"), *names]) for start in (self._address, self._path))
+        return FilesystemPlace(address, self._system, path)
+
+    def above(self) -> FilesystemPlace:
+        scheme, _, rest = self._address.rstrip("/").partition("://")
+        path = self._path.rstrip("/").rpartition("/")[0]
+        return FilesystemPlace(f"{scheme}://{rest.rpartition('/')[0]}", self._system, path)
+
+    def opened(self) -> FilesystemPlace:
+        place = FilesystemPlace(self._address, self._system, self._path)
+        place._keep = 8
+        return place
+
+    def close(self) -> None:
+        with self._lock:
+            self._keep = 0
+            files, self._files = self._files, []
+        for file in files:
+            file.close()
+
+    def _read(self, found: Found, start: int, stop: int) -> bytes:
+        from fsspec.spec import AbstractBufferedFile
+
+        with self._lock:
+            file = self._files.pop() if self._files else None
+        if file is None:
+            file = self._system.open(self._path, "rb", cache_type="none")
+            if not isinstance(file, AbstractBufferedFile):
+                file.close()
+                return bytes(self._system.cat_file(self._path, start=start, end=stop))
+            found.compare(self.name, Found(file.size, _marks(file.details), b""))
+        try:
+            file.seek(start)
+            data = bytes(file.read(stop - start))
+        except BaseException:
+            file.close()
+            raise
+        with self._lock:
+            if len(self._files) < self._keep:
+                self._files.append(file)
+                return data
+        file.close()
+        return data
+
+    def _fail(self, error: Exception, *, fetching: bool) -> NoReturn:
+        """Tell errors that another try may mend from those that it will not."""
+        if isinstance(error, MechaError):
+            raise error
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, IsADirectoryError):
+            raise ModelNotFoundError(f"model {self.name!r} is a folder; name a model file in it") from error
+        if isinstance(error, FileNotFoundError):
+            if fetching:
+                raise ChangedInputError(f"{self.name}: vanished while it was in use: {said}") from error
+            login = (
+                "; if it is private, log in with `hf auth login` or set HF_TOKEN" if self.name[:5] == "hf://" else ""
+            )
+            raise ModelNotFoundError(f"model {self.name!r} was not found ({said}); check the address{login}") from error
+        if type(error).__name__ == "FileExpired":  # s3fs: the object has another ETag than when it was opened
+            raise ChangedInputError(f"{self.name}: changed while it was in use ({said}); merge again") from error
+        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+            raise ModelAccessError(
+                f"{self.name}: may not be read: it wants a login or other credentials ({said}); "
+                "set them as the library behind it expects"
+            ) from error
+        if isinstance(error, ValueError | TypeError | NotImplementedError | ImportError):
+            raise ModelAccessError(f"{self.name}: cannot be read: {said}; check the address") from error
+        raise InterruptedFetch(said) from error
+
+
+def _marks(details: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(details[name]) for name in _MARKS if details.get(name) is not None}
+
+
+def _resolve(address: str) -> tuple[Any, str]:
+    """The file system that an address belongs to, and what the place is called there."""
+    name, scheme = _PASSWORD.sub(r"\1", address), address.partition("://")[0].lower()
+    extra = _EXTRAS.get(scheme, "remote")
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise MechaError(f"{name}: reading it needs fsspec: pip install 'sd-mecha[{extra}]'") from error
+    try:
+        system, path = url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        how = f"pip install 'sd-mecha[{extra}]'" if scheme in _EXTRAS else str(error)
+        raise MechaError(
+            f"{name}: reading {scheme}:// addresses needs a library that is not installed: {how}"
+        ) from error
+    except Exception as error:  # every file system checks its addresses in its own way
+        raise MechaError(f"{name}: cannot be read as an address: {error}; check it") from error
+    return system, str(path)

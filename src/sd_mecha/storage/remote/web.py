@@ -1,0 +1,171 @@
+"""Files on the web, read by range.
+
+fsspec reads `http://` too, through aiohttp, but takes whatever body arrives for the range that it asked for: a
+server that ignores ranges makes it load the whole file, a file that was replaced meanwhile mixes with the old one,
+and signed addresses are quoted anew. All answers are therefore checked here, over the client of the standard library,
+which also reads straight into our buffers, and needs no event loop and no further package. fsspec serves all other
+protocols.
+
+One GET of the first bytes finds out all there is to know: size, identity and whether ranges are served. (HEAD
+would not do: addresses that are signed for GET refuse it.)
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
+from sd_mecha.storage.remote import addresses
+from sd_mecha.storage.remote.block_cache import Sink
+from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
+from sd_mecha.storage.remote.web_client import WebClient
+
+WHOLE = 2**20
+"""The largest file that is taken from a server without ranges."""
+PIECE = 256 * 2**10
+"""Bytes that are received at a time."""
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+
+
+class WebPlace:
+    """An address that starts with `http://` or `https://`.
+
+    Args:
+        address: the address, with user and password or tokens if it needs them.
+    """
+
+    def __init__(self, address: str, *, client: WebClient | None = None) -> None:
+        self._address = address
+        self._client = client or WebClient(keep=0)
+        self.name = addresses.shown(address)
+
+    @property
+    def basename(self) -> str:
+        return addresses.last_name(self._address)
+
+    def find(self) -> Found:
+        with self._client.get(self._address, {"Range": f"bytes=0-{HEAD - 1}"}) as answer:
+            if answer.status == 200:
+                return self._without_ranges(answer)
+            total = self._check(answer, fetching=False)
+            if answer.status == 416:  # an empty file has no first byte
+                return Found(0, _marks(answer), b"")
+            head = bytearray()
+            self._receive(answer, min(HEAD, total), head.extend)
+            return Found(total, _marks(answer), bytes(head))
+
+    def fetch(self, found: Found, start: int, stop: int, sink: Sink) -> None:
+        with self._client.get(self._address, {"Range": f"bytes={start}-{stop - 1}"}) as answer:
+            total = self._check(answer, fetching=True)
+            found.compare(self.name, replace(found, size=total, marks=_marks(answer)))
+            sent = _CONTENT_RANGE.match(answer.getheader("Content-Range", ""))
+            if sent is None or sent[1] is None or int(sent[1]) != start:
+                raise ModelAccessError(f"{self.name}: asked for byte {start}, got {sent and sent[0]!r}")
+            self._receive(answer, min(stop, int(sent[2]) + 1) - start, sink)
+
+    def is_folder(self) -> bool:
+        return False  # the web knows files only
+
+    def children(self) -> list[str]:
+        return []
+
+    def below(self, names: tuple[str, ...]) -> WebPlace:
+        return WebPlace(addresses.below(self._address, names))
+
+    def above(self) -> WebPlace:
+        return WebPlace(addresses.above(self._address))
+
+    def opened(self) -> WebPlace:
+        return WebPlace(self._address, client=WebClient())
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _check(self, answer: http.client.HTTPResponse, *, fetching: bool) -> int:
+        """The size of the file, if this is the answer that was hoped for."""
+        status = answer.status
+        sent = _CONTENT_RANGE.match(answer.getheader("Content-Range", ""))
+        if status in (206, 416) and sent is None:
+            raise ModelAccessError(f"{self.name}: the server does not say how large the file is; download it first")
+        total = int(sent[3]) if sent else 0
+        if status == 206:
+            self._check_encoding(answer)
+            return total
+        if status == 416 and total == 0 and not fetching:
+            return total
+        if status == 416:
+            raise ChangedInputError(f"{self.name}: has {total} bytes now; it was shortened; merge again")
+        raise self._refusal(answer, fetching)
+
+    def _refusal(self, answer: http.client.HTTPResponse, fetching: bool) -> MechaError | InterruptedFetch:
+        said = f"{answer.status} {answer.reason}".strip()
+        if answer.status in _BUSY:
+            wait = answer.getheader("Retry-After", "")
+            return InterruptedFetch(f"the server answered {said}", float(wait) if wait.isdecimal() else None)
+        if answer.status in (404, 410):
+            if fetching:
+                return ChangedInputError(f"{self.name}: vanished while it was in use: the server answered {said}")
+            return ModelNotFoundError(
+                f"model {self.name!r} was not found: the server answered {said}; check the address"
+            )
+        if answer.status in (401, 403, 407):
+            host = urlsplit(self._address).hostname or ""
+            step = "use an address that carries its token, or https://user:password@host/..."
+            if host.endswith("huggingface.co"):
+                step = "use hf://owner/repository/file with the token of a login in HF_TOKEN"
+            return ModelAccessError(
+                f"{self.name}: the server wants a login or other credentials, or the link has expired "
+                f"(it answered {said}); {step}"
+            )
+        if answer.status == 200:
+            return self._no_ranges()
+        return ModelAccessError(f"{self.name}: cannot be read: the server answered {said}; check the address")
+
+    def _without_ranges(self, answer: http.client.HTTPResponse) -> Found:
+        """A server that sends the whole file has to be left, unless the file is small."""
+        self._check_encoding(answer)
+        if answer.length is not None and answer.length > WHOLE:
+            raise self._no_ranges()
+        data = answer.read(WHOLE + 1)
+        if len(data) > WHOLE:
+            raise self._no_ranges()
+        if answer.length:
+            raise InterruptedFetch(f"the connection ended after {len(data)} bytes")
+        return Found(len(data), _marks(answer), data)
+
+    def _no_ranges(self) -> ModelAccessError:
+        return ModelAccessError(
+            f"{self.name}: the server sends whole files only (it does not know Range requests); "
+            "download the file and name the copy"
+        )
+
+    def _check_encoding(self, answer: http.client.HTTPResponse) -> None:
+        encoding = answer.getheader("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ModelAccessError(f"{self.name}: the server sends it compressed ({encoding}); download it first")
+
+    def _receive(self, answer: http.client.HTTPResponse, length: int, sink: Sink) -> None:
+        """Hand on the body, which must have that length."""
+        done = 0
+        buffer = memoryview(bytearray(min(PIECE, length)))
+        while done < length:
+            piece = buffer[: length - done]
+            count = answer.readinto(piece)
+            if not count:
+                raise InterruptedFetch(f"the connection ended after {done} of {length} bytes")
+            sink(piece[:count])
+            done += count
+
+
+def _marks(answer: http.client.HTTPResponse) -> dict[str, str]:
+    """ETag and time of the content; whether the tag is a weak one may differ between answers."""
+    marks = {
+        "ETag": answer.getheader("ETag", "").removeprefix("W/"),
+        "Last-Modified": answer.getheader("Last-Modified", ""),
+    }
+    return {name: value for name, value in marks.items() if value}

@@ -1,0 +1,219 @@
+"""A folder appears whole or not at all, and takes along what lay there before and is not replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sd_mecha.errors import OutputError, OutputFolderError
+from sd_mecha.storage.capabilities import capabilities
+from sd_mecha.storage.folders import output_folder
+from sd_mecha.storage.folders.output_folder import OutputFolder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def nothing(path: str) -> bool:
+    return False
+
+
+def weights(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The folder of a model that is there already."""
+    folder = tmp_path / "model"
+    (folder / "sub" / "empty").mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"old")
+    (folder / "model.safetensors").write_bytes(b"old weights")
+    (folder / "notes.txt").write_bytes(b"mine")
+    (folder / ".hidden").write_bytes(b"mine too")
+    (folder / "sub" / "deep.txt").write_bytes(b"deep")
+    (folder / "link").symlink_to("notes.txt")
+    return folder
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "renames"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In one step where the system can, and in several."""
+    monkeypatch.setattr(capabilities, "exchange", request.param and capabilities.exchange)
+    return iter(())
+
+
+def test_a_new_folder_appears_at_once(tmp_path: Path, platform: str) -> None:
+    output = OutputFolder(tmp_path / "new")
+    output.create()
+    output.put("config.json", b"{}")
+    output.put("sub/x", b"1")
+    assert not (tmp_path / "new").exists()
+    output.publish(nothing)
+    assert contents(tmp_path / "new") == {"config.json": b"{}", "sub/x": b"1"}
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.usefixtures("ways")
+def test_what_is_not_replaced_comes_along(old: Path, platform: str) -> None:
+    (old / "config.json").chmod(0o600)
+    old.chmod(0o750)
+    inode = (old / "notes.txt").stat().st_ino
+    output = OutputFolder(old)
+    output.create()
+    output.put("config.json", b"new")
+    output.put("model-1.safetensors", b"new weights")
+    assert contents(old)["config.json"] == b"old"
+    output.publish(weights)
+    assert contents(old) == {
+        "config.json": b"new",
+        "model-1.safetensors": b"new weights",
+        "notes.txt": b"mine",
+        ".hidden": b"mine too",
+        "sub/deep.txt": b"deep",
+        "link": b"mine",
+    }
+    assert (old / "notes.txt").stat().st_ino == inode
+    assert (old / "link").is_symlink()
+    assert (old / "sub" / "empty").is_dir()
+    assert old.stat().st_mode & 0o777 == 0o750
+    assert os.listdir(old.parent) == ["model"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    output = OutputFolder(tmp_path / "model")
+    output.create()
+    output.put("x", b"1")
+    output.publish(nothing)
+    assert contents(tmp_path / "model") == {"x": b"1"}
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(old: Path) -> None:
+    (old.parent / "elsewhere").mkdir()
+    link = old.parent / "elsewhere" / "link"
+    link.symlink_to("../model", target_is_directory=True)
+    output = OutputFolder(link)
+    output.create()
+    output.put("config.json", b"new")
+    output.publish(nothing)
+    assert link.is_symlink()
+    assert contents(old)["config.json"] == b"new"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "lora.safetensors", ".bashrc"])
+def test_a_folder_of_other_things_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / name).write_bytes(b"")
+    with pytest.raises(OutputError, match=r"something else than a model, such as '.*'; name a file in it"):
+        OutputFolder(tmp_path / "home").create()
+    assert os.listdir(tmp_path) == ["home"]
+
+
+def test_a_file_of_that_name_and_a_missing_parent_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(OutputError, match="is a file, and the output a folder"):
+        OutputFolder(tmp_path / "file").create()
+    with pytest.raises(OutputFolderError, match="there is no folder"):
+        OutputFolder(tmp_path / "missing" / "model").create()
+    with pytest.raises(OutputError):
+        OutputFolder(tmp_path / "nul\0").create()
+
+
+def test_discarding_leaves_the_old_folder_and_nothing_else(old: Path) -> None:
+    before = contents(old)
+    output = OutputFolder(old)
+    output.create()
+    output.put("config.json", b"new")
+    output.discard()
+    output.discard()
+    assert contents(old) == before
+    assert os.listdir(old.parent) == ["model"]
+
+
+def test_a_second_merge_into_the_same_folder_is_refused(old: Path) -> None:
+    first, second = OutputFolder(old), OutputFolder(old)
+    first.create()
+    first.put("x", b"1")
+    with pytest.raises(OutputError, match="another merge is writing to it"):
+        second.create()
+    first.publish(nothing)
+    second.create()
+    second.discard()
+    assert contents(old)["x"] == b"1"
+    assert os.listdir(old.parent) == ["model"]
+
+
+def test_what_a_killed_run_left_is_removed_or_kept_on_request(tmp_path: Path) -> None:
+    left = tmp_path / ".model.part"
+    (left / "sub").mkdir(parents=True)
+    (left / "sub" / "kept").write_bytes(b"1")
+    (left / "sub" / "other").write_bytes(b"2")
+    (tmp_path / ".model.part.lock").write_bytes(b"")
+    output = OutputFolder(tmp_path / "model")
+    output.create(keep=["sub/kept"])
+    assert contents(left) == {"sub/kept": b"1"}
+    output.release()
+    output.create()
+    assert contents(left) == {}
+    output.discard()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("ways")
+def test_a_run_that_was_killed_while_it_published_is_put_right(old: Path) -> None:
+    before = contents(old)
+    old.rename(old.parent / ".model.old")
+    output = OutputFolder(old)
+    output.create()
+    output.discard()
+    assert contents(old) == before
+    (old.parent / ".model.old").mkdir()
+    (old.parent / ".model.old" / "x").write_bytes(b"")
+    output.create()
+    output.discard()
+    assert contents(old) == before
+    assert os.listdir(old.parent) == ["model"]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_the_old_folder_is_put_back_when_the_new_one_cannot_be_named(
+    old: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    monkeypatch.setattr(capabilities, "exchange", False)
+    before = contents(old)
+    output = OutputFolder(old)
+    output.create()
+    output.put("config.json", b"new")
+    rename: Callable[[str, str], None] = os.rename
+    calls = 0
+
+    def failing(source: str, target: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails:
+            raise PermissionError(13, "denied")
+        rename(source, target)
+
+    monkeypatch.setattr(output_folder.os, "rename", failing)
+    with pytest.raises(OutputError, match="cannot be completed: denied"):
+        output.publish(nothing)
+    output.discard()
+    assert contents(old) == before
+    assert os.listdir(old.parent) == ["model"]
+
+
+def test_files_are_copied_where_they_cannot_have_two_names(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(output_folder.os, "link", refuse)
+    output = OutputFolder(old)
+    output.create()
+    output.publish(weights)
+    assert contents(old)["sub/deep.txt"] == b"deep"
+    assert "model.safetensors" not in contents(old)

@@ -1,0 +1,98 @@
+"""What goes along with the weights, and what a config says of an output that the other model had otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sd_mecha.storage.contract import TensorEntry
+from sd_mecha.storage.folders.side_files import fitted_config, side_files
+from sd_mecha.storage.locations import LocalLocation
+from tests.storage.places import Unlisted
+
+HALF = TensorEntry((2, 2), torch.float16)
+WIDE = TensorEntry((2, 2), torch.float32)
+COUNT = TensorEntry((), torch.int64)
+FP8 = TensorEntry((2, 2), torch.float8_e4m3fn)
+
+
+def fitted(config: Any, entries: dict[str, TensorEntry], before: tuple[str, ...] = ()) -> Any:
+    return json.loads(fitted_config(json.dumps(config).encode(), entries, before, "config.json"))
+
+
+def names(folder: Path) -> set[str]:
+    return {name for name, _ in side_files(LocalLocation(folder))}
+
+
+def put(folder: Path, *files: str) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+
+
+def test_weights_indexes_caches_and_hidden_files_stay_behind(tmp_path: Path) -> None:
+    kept = {"config.json", "tokenizer.model", "merges.txt", "LICENSE", "code.py", "model_index.json", "a/b/c/deep.txt"}
+    put(tmp_path, *kept)
+    put(
+        tmp_path, "model.safetensors", "x.BIN", "y.gguf", "model.safetensors.index.json", ".git/config", ".env",
+        "pytorch_model.bin.index.fp16.json", "__pycache__/x.pyc", "onnx/config.json", "a/b/c/d/too_deep.txt",
+    )  # fmt: skip
+    assert names(tmp_path) == kept
+
+
+def test_folders_that_lead_to_themselves_end(tmp_path: Path) -> None:
+    put(tmp_path, "config.json")
+    (tmp_path / "loop").symlink_to(".", target_is_directory=True)
+    assert "config.json" in names(tmp_path)
+
+
+def test_where_nothing_can_be_listed_the_usual_names_are_tried(tmp_path: Path) -> None:
+    put(tmp_path, "config.json", "tokenizer.json", "model_index.json", "unusual.txt")
+    found = dict(side_files(Unlisted(tmp_path)))
+    assert found.keys() == {"config.json", "tokenizer.json", "model_index.json"}
+
+
+@pytest.mark.parametrize(
+    ("config", "entries", "expected"),
+    [
+        ({"dtype": "float32"}, {"w": HALF, "n": COUNT}, {"dtype": "float16"}),
+        ({"torch_dtype": "float32", "sub": {"dtype": "bfloat16"}}, {"w": HALF},
+         {"torch_dtype": "float16", "sub": {"dtype": "float16"}}),
+        ({"dtype": "float32"}, {"w": HALF, "v": WIDE}, {"dtype": "float32"}),
+        ({"dtype": "auto", "x": [1]}, {"w": HALF}, {"dtype": "auto", "x": [1]}),
+        ({"x": 1}, {"w": HALF}, {"x": 1}),
+        ({"quantization_config": {"dtype": "float8"}}, {"w": HALF}, {}),
+        ({"quantization_config": {"dtype": "float32"}}, {"w": FP8, "v": HALF},
+         {"quantization_config": {"dtype": "float32"}}),
+    ],
+)  # fmt: skip
+def test_what_a_config_says_of_dtypes(config: Any, entries: dict[str, TensorEntry], expected: Any) -> None:
+    assert fitted(config, entries) == expected
+
+
+@pytest.mark.parametrize(
+    ("head", "before", "expected"),
+    [(True, False, False), (False, True, True), (True, True, None), (False, False, None)],
+)
+def test_a_shared_head_is_told(head: bool, before: bool, expected: bool | None) -> None:
+    entries = {"embed.weight": HALF} | ({"lm_head.weight": HALF} if head else {})
+    had = ("embed.weight", "lm_head.weight") if before else ("embed.weight",)
+    config = {"text_config": {"tie_word_embeddings": "as it was"}}
+    found = fitted(config, entries, had)
+    told = {} if expected is None else {"tie_word_embeddings": expected}
+    inner = "as it was" if expected is None else expected
+    assert found == {"text_config": {"tie_word_embeddings": inner}, **told}
+
+
+@pytest.mark.parametrize("raw", [b"", b"[1]", b"{nonsense", b"\xff", b"[" * 10_000])
+def test_what_is_no_config_stays_as_it_is(raw: bytes) -> None:
+    assert fitted_config(raw, {"w": HALF}, (), "config.json") == raw
+
+
+def test_an_unchanged_config_keeps_its_text() -> None:
+    raw = b'{ "dtype":"float16",\n\n "eps": 1e-06, "limit": Infinity }'
+    assert fitted_config(raw, {"w": HALF}, (), "config.json") == raw
