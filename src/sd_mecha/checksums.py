@@ -27,6 +27,7 @@ from sd_mecha.planning.program import Load, Template
 from sd_mecha.recipes.nodes import ModelRecipeNode
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import Reader, TensorEntry, Writer
+from sd_mecha.storage.remote.addresses import shown_path
 from sd_mecha.storage.strict_json import parse_object
 
 CHECKSUMS_KEY = "mecha_checksums"
@@ -157,7 +158,7 @@ def tensors_read(planned: Plan, target: int) -> dict[str, tuple[Reader, list[str
     for node, number in planned.models.index.items():  # what a config adds to a model is in no file
         reader = planned.readers[number]
         assert isinstance(node, ModelRecipeNode)
-        names.setdefault(number, reader.name if node.path is None else node.path)
+        names.setdefault(number, reader.name if node.path is None else shown_path(node.path))
     found: dict[str, tuple[Reader, list[str]]] = {}
     for number in sorted(names.keys() & loads.keys()):
         name, count = names[number], 1

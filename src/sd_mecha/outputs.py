@@ -18,12 +18,14 @@ from sd_mecha.options import MergeOptions
 from sd_mecha.planning.plan import Plan
 from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode
 from sd_mecha.recipes.text import serialize_text
+from sd_mecha.recipes.tokens import quote
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import fingerprint
 from sd_mecha.storage.contract import Writer
 from sd_mecha.storage.memory import MemoryWriter
 from sd_mecha.storage.modules import ModuleWriter
 from sd_mecha.storage.quantised.scaled_fp8 import ScaledWriter
+from sd_mecha.storage.remote.addresses import shown_path
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -58,11 +60,20 @@ def output_metadata(planned: Plan, target: int) -> dict[str, str]:
     metadata = {**planned.metadata(target), "format": "pt"}
     metadata.pop(CHECKSUMS_KEY, None)  # those of an input
     try:
-        metadata[RECIPE_KEY] = serialize_text(planned.finalized(target))
+        metadata[RECIPE_KEY] = _without_secrets(serialize_text(planned.finalized(target)), planned)
     except RecipeTypeError as error:
         _logger.info("the output does not carry its recipe: %s", error)
         metadata.pop(RECIPE_KEY, None)
     return metadata
+
+
+def _without_secrets(text: str, planned: Plan) -> str:
+    """A recipe to be published: addresses in it lose what grants access to them."""
+    paths = {n.path for n in toposort(*planned.roots) if isinstance(n, ModelRecipeNode) and n.path is not None}
+    for path in paths:
+        if shown_path(path) != path:
+            text = text.replace(f"model {quote(path)}", f"model {quote(shown_path(path))}")
+    return text
 
 
 def _writer(output: Any, planned: Plan, target: int, options: MergeOptions) -> Writer:

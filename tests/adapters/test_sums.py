@@ -40,7 +40,7 @@ BASE = {"proj.weight": drawn(ROWS, COLUMNS), "other.weight": drawn(3, 4)}
 
 
 def stacked(*numbers: int) -> RecipeNode:
-    recipe = sd_mecha.model(BASE)
+    recipe: RecipeNode = sd_mecha.model(BASE)
     for number in numbers:
         recipe = sd_mecha.apply_adapter(recipe, stored(number), alpha=ALPHAS[number])
     return recipe
@@ -76,7 +76,7 @@ def test_what_is_needed_elsewhere_is_not_added_to() -> None:
     close(result(sd_mecha.weighted_sum(base, changed, alpha=0.25)), weight + 0.25 * 0.5 * delta(0))
     close(result(sd_mecha.weighted_sum(changed, twice, alpha=0.25)), weight + 0.5 * delta(0) + 0.25 * delta(1))
     adapter: Any = sd_mecha.extensions.merge_methods.resolve("adapter_delta")(sd_mecha.model(stored(0)), base)
-    both = sd_mecha.add_difference(base, adapter, alpha=1.0) + sd_mecha.scale(adapter, 2.0)
+    both = sd_mecha.add_difference(base, adapter, alpha=1.0) + 2.0 * adapter
     found = sd_mecha.merge(both, output_dtype=None)
     assert found is not None
     close(found["proj.weight"], weight + 3 * delta(0))
@@ -111,7 +111,11 @@ def test_layers_of_one_shape_share_a_template() -> None:
 def test_planning_does_not_load_the_compiler_of_torch(tmp_path: Path) -> None:
     sd_mecha.merge(sd_mecha.model(BASE), output=tmp_path / "base.safetensors")
     sd_mecha.merge(sd_mecha.model(stored(0)), output=tmp_path / "lora.safetensors")
-    code = "import sys, sd_mecha; sd_mecha.plan(sd_mecha.apply_adapter(*sys.argv[1:])).close(); print('sympy' in sys.modules)"
+    code = (
+        "import sys, sd_mecha\n"
+        "sd_mecha.plan(sd_mecha.apply_adapter(*sys.argv[1:])).close()\n"
+        "print('sympy' in sys.modules)"
+    )
     paths = [str(tmp_path / name) for name in ("base.safetensors", "lora.safetensors")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -29,9 +29,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *FLOAT8)
 @contextmanager
 def tiles(largest: int, shared_from: int = 1 << 22) -> Iterator[None]:
     """Let tiles have at most `largest` elements, and share tensors of more than `shared_from` between workers."""
-    options = merging._run_options
+    options = merging.run_options
     with (
-        patch.object(merging, "_run_options", lambda o: replace(options(o), cpu_tile=largest)),
+        patch.object(merging, "run_options", lambda o: replace(options(o), cpu_tile=largest)),
         patch.object(run, "CUDA_TILE", largest),
         patch.object(stages, "SHARED_FROM", shared_from),
     ):

@@ -77,7 +77,7 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert far.sum() <= 2 + got.numel() // 1000
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(term=recipes(), output_dtype=st.sampled_from([None, "float16", "bfloat16", "float32", "float8_e4m3fn"]))
 def test_bytes_do_not_depend_on_how_it_is_run(term: Term, output_dtype: str | None, tmp_path: Path) -> None:
     options, tile = BASELINE

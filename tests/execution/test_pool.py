@@ -174,7 +174,7 @@ def test_torch_threads_are_as_before(workers: int) -> None:
 # --- the budget ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), limit=st.integers(0, 40))
 def test_claims_stay_within_the_budget_or_run_alone(sizes: list[int], limit: int) -> None:
     budget = Budget(limit)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sd_mecha.extensions import groups as module
@@ -44,7 +44,6 @@ def answer(tensors: list[torch.Tensor], groups: Groups, cuts: list[int]) -> tupl
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     seed=st.integers(0, 2**32),

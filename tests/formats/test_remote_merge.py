@@ -239,3 +239,17 @@ def test_an_index_names_its_files_beside_itself(site):
     reader = sd_mecha.extensions.model_formats.open_model(shard)
     assert len(reader.entries) == 20
     reader.close()
+
+
+def test_what_grants_access_is_not_published(site, tmp_path, caplog):
+    output = tmp_path / "out.safetensors"
+    address = site.url("/a.safetensors?X-Amz-Signature=s3cret&download=true")
+    merged(output, address, site.url("/b.safetensors").replace("//", "//me:s3cret@"), checksums=True)
+    head = output.read_bytes()
+    head = head[: 8 + int.from_bytes(head[:8], "little")]
+    assert b"s3cret" not in head
+    assert b"a.safetensors?download=true" in head
+    site.statuses["/a.safetensors"] = 403
+    with pytest.raises(ModelAccessError) as caught:
+        merged(output, address, address)
+    assert "s3cret" not in str(caught.value) + repr(sd_mecha.model(address)) + caplog.text

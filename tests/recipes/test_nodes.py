@@ -20,7 +20,7 @@ from sd_mecha.recipes.nodes import (
     RecipeNode,
     RecipeVisitor,
 )
-from tests.recipes.fakes import FakeProvider, Name
+from tests.recipes.fakes import FakeMethod, FakeProvider, Name
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -281,3 +281,13 @@ def test_deep_recipes_can_be_dropped() -> None:
     assert hash(node)
     del node
     gc.collect()
+
+
+def test_a_method_keeps_its_name_when_the_first_of_that_name_is_gone(fakes: FakeProvider) -> None:
+    a = ModelRecipeNode("a")
+    first, second = (FakeMethod("same name", lambda x: None, fakes.wrap) for _ in range(2))
+    first(a)
+    before = second(a)
+    del first
+    gc.collect()
+    assert second(a) == before

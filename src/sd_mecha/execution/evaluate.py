@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sd_mecha.errors import ContractError, StateDictKeyError
 from sd_mecha.extensions.key_relations import RealizedKeyRelation
+from sd_mecha.extensions.method import MergeMethod
 from sd_mecha.extensions.tile import Tile
 from sd_mecha.planning.arguments import Values, as_type
 from sd_mecha.planning.keys import identity_relation
@@ -50,6 +52,27 @@ class _LazyValues(Values):
         return value if self._convert is None or value is None else as_type(value, self._convert)
 
 
+class _Named:
+    """See `Caller.named`. A class, since it is entered for every tile."""
+
+    __slots__ = ("_method", "_program", "_step")
+
+    def __init__(self, step: Call, program: Program, method: str) -> None:
+        self._step = step
+        self._program = program
+        self._method = method
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, StateDictKeyError):
+            raise skipped(self._step, self._program, self._method) from error
+        if isinstance(error, Exception) and not isinstance(error, Missing):
+            key = self._program.name(self._step.key)
+            explain_failure(error, f"merge method {self._method} failed at key {key!r}")
+
+
 class Caller:
     """Calls the methods of one plan; keeps the one instance per node that class methods have."""
 
@@ -64,29 +87,54 @@ class Caller:
         Raises:
             Missing: the method skips this key.
         """
+        args, kwargs = self._bind(step, values, program, tile)
+        with self.named(step, program):
+            return self._instance(step.target)(*args, **kwargs)
+
+    def maker(self, step: Call, values: MutableMapping[int, Any], program: Program, whole: Tile) -> Any:
+        """What makes ranges of a result in pieces: it is called with each tile, and finds what they share only once.
+
+        Args:
+            whole: all of the result.
+
+        Raises:
+            Missing: the method skips this key.
+        """
+        prepare = getattr(self._instance(step.target), "prepare", None)
+        if prepare is None:
+            return partial(self, step, {slot: values[slot] for slot in step.inputs}, program)
+        args, kwargs = self._bind(step, values, program, whole)
+        with self.named(step, program):
+            return prepare(*args, **kwargs)
+
+    def _bind(
+        self, step: Call, values: MutableMapping[int, Any], program: Program, tile: Tile | None
+    ) -> tuple[list[Any], dict[str, Any]]:
         callee: Callee = self._callees[step.target]
         method = callee.method
         args = [self._argument(a, values, program, method.identifier) for a in step.args]
         kwargs = {n: self._argument(a, values, program, method.identifier) for n, a in step.kwargs}
-        key = program.name(step.key)
         if method.declaration.accepts_context:
+            key = program.name(step.key)
             kwargs["key"] = key
             kwargs["key_relation"] = relation_of(step, program) or identity_relation(method, key)
             kwargs["cache"] = callee.cache
             kwargs["output_reused"] = step.reused
             if tile is not None and method.tiling in ("elementwise", "rows", "pieces"):
                 kwargs["tile"] = tile
-        try:
-            return self._instance(step.target)(*args, **kwargs)
-        except StateDictKeyError as error:
-            raise skipped(step, program, method.identifier) from error
-        except Exception as error:
-            explain_failure(error, f"merge method {method.identifier} failed at key {key!r}")
-            raise
+        return args, kwargs
+
+    def named(self, step: Call, program: Program) -> _Named:
+        """A context in which exceptions of a method say which method it is, and at which key."""
+        return _Named(step, program, self.method_name(step))
 
     def makes_pieces(self, step: Call) -> bool:
         """Whether the method of a call makes its result in pieces where it can."""
         return bool(self._callees[step.target].method.tiling == "pieces")
+
+    def method(self, step: Call) -> MergeMethod:
+        found: MergeMethod = self._callees[step.target].method
+        return found
 
     def method_name(self, step: Call) -> str:
         return str(self._callees[step.target].method.identifier)
@@ -139,6 +187,8 @@ class Caller:
 def relation_of(step: Call, program: Program) -> RealizedKeyRelation | None:
     """The relation that a call realises; in a template that keys share it makes the program's key of that same key."""
     relation = step.relation
+    if isinstance(relation, int):
+        return program.relations[relation]
     if relation is None or step.key is not None:
         return relation
     key = program.name(None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sd_mecha.errors import ContractError, StateDictKeyError
 from sd_mecha.execution.evaluate import Caller, Deferred, Missing, explain_failure, skipped
 from sd_mecha.execution.lane import Lane, is_finite, stays_finite
+from sd_mecha.execution.pieces import Work, prepare
 from sd_mecha.execution.pool import Pool
 from sd_mecha.execution.questions import Dry, Questions
 from sd_mecha.extensions.tile import Tile
@@ -71,15 +72,15 @@ class Run:
         self.values.update(template.constants)
         for stage, frees in zip(template.stages, template.frees, strict=True):
             self.engine.pool.check()
-            self._stage(stage, lane)
+            self._stage(stage, lane, frees)
             if frees:
                 lane.synchronize()  # memory that another worker made goes back to that worker
             for slot in frees:
                 self.values.pop(slot, None)
 
-    def _stage(self, stage: Stage, lane: Lane) -> None:
+    def _stage(self, stage: Stage, lane: Lane, frees: Sequence[int]) -> None:
         if isinstance(stage, Tiles):
-            self._tiles(stage, lane)
+            self._tiles(stage, lane, frees)
         elif isinstance(stage, Whole):
             self._whole(stage.step, lane)
         else:
@@ -100,7 +101,7 @@ class Run:
             return
         specs = self.program.template.specs
         numel, slot = max((self._numel(s), -s) for s in (*step.inputs, *step.slots))
-        tile = Tile(0, numel, numel, self._shape(-slot))
+        tile = Tile(0, numel, numel, self.program.template.shape(-slot))
         in_pieces = self.engine.caller.makes_pieces(step)
         result = self.engine.caller(step, self.values, self.program, None if in_pieces else tile)
         if hasattr(result, "send"):
@@ -133,44 +134,44 @@ class Run:
             self.engine.pool.check()
             yield start, min(start + self.engine.largest_tile, numel)
 
-    def _shape(self, slot: int) -> tuple[int, ...]:
-        spec = self.program.template.specs[slot]
-        return spec.shape if isinstance(spec, TensorEntry) else ()
-
     def _numel(self, slot: int) -> int:
         spec = self.program.template.specs[slot]
         return spec.numel if isinstance(spec, TensorEntry) else 1
 
     # --- tiles -----------------------------------------------------------------------------------------------------
 
-    def _tiles(self, stage: Tiles, lane: Lane) -> None:
+    def _tiles(self, stage: Tiles, lane: Lane, frees: Sequence[int]) -> None:
         # the place is taken before workers look through `values` together; memory only when the first tile is there
         self.values.update(dict.fromkeys(stage.keeps))
         if stage.numel == 0:
             for slot in stage.keeps:
                 self._kept(slot, lane.device)
             return
+        work = prepare(stage, self.program, self.values, self.engine.caller)
+        lane.synchronize()
+        for slot in set(frees).difference(stage.keeps):  # `work` has what tiles need of them
+            self.values.pop(slot, None)
         size = self._tile_size(stage)
         streamed = [s for s in stage.steps if isinstance(s, Call) and s.why == "streamed reduction"]
         if stage.numel <= size:
-            self._one_tile(stage, lane)
+            self._finish(work, lane, 0, stage.numel)  # answers are there as soon as they are asked for
             return
         while True:
             frontier = self._frontier(streamed, stage)
             if not frontier:
                 break
             part = _leading_to(stage, frontier)
-            self._probe(stage, part, frontier, lane, size)
+            self._probe(work, part, frontier, lane, size)
             if all(self._question(s).complete for s in frontier):
                 continue
-            self._every_tile(stage, lane, size, partial(self._evaluate, stage, part))
+            self._every_tile(stage, lane, size, partial(self._evaluate, work, part))
             for step in frontier:
                 self._question(step).conclude()
             self.sound.update(
                 step.slot for step in part[0] if isinstance(step, Load) and step.slot not in stage.deferred
             )
             lane.synchronize()
-        self._every_tile(stage, lane, size, partial(self._finish, stage))
+        self._every_tile(stage, lane, size, partial(self._finish, work))
 
     def _tile_size(self, stage: Tiles) -> int:
         elements = min(self.engine.tile_bytes // max(stage.element_bytes, 1), self.engine.largest_tile)
@@ -216,46 +217,48 @@ class Run:
                     depends.update(step.slots)
         return frontier
 
-    def _probe(self, stage: Tiles, part: Part, frontier: Sequence[Call], lane: Lane, size: int) -> None:
+    def _probe(self, work: Work, part: Part, frontier: Sequence[Call], lane: Lane, size: int) -> None:
         """See on the first tile whether a call that has had answers is satisfied with them."""
-        values = self._evaluate(stage, part, lane, 0, min(size, stage.numel), dry=True)
+        values = self._evaluate(work, part, lane, 0, min(size, work.stage.numel), dry=True)
         for step in frontier:
             if values.get(step.slots[0]) is not _OPEN:
                 self._question(step).complete = True
 
-    def _one_tile(self, stage: Tiles, lane: Lane) -> None:
-        """The tile is the whole tensor: answers are there as soon as they are asked for."""
-        self._finish(stage, lane, 0, stage.numel)
-
-    def _finish(self, stage: Tiles, lane: Lane, start: int, stop: int) -> None:
-        values = self._evaluate(stage, (stage.steps, stage.frees), lane, start, stop)
+    def _finish(self, work: Work, lane: Lane, start: int, stop: int) -> None:
+        stage = work.stage
+        values = self._evaluate(work, (stage.steps, stage.frees), lane, start, stop)
         for slot in stage.keeps:
             self._kept(slot, values[slot].device).view(-1)[start:stop] = values[slot].reshape(-1)
         for output in stage.writes:
             self._write(output, values[output.slot].reshape(-1), start, lane)
 
-    def _evaluate(
-        self, stage: Tiles, part: Part, lane: Lane, start: int, stop: int, dry: bool = False
-    ) -> dict[int, Any]:
+    def _evaluate(self, work: Work, part: Part, lane: Lane, start: int, stop: int, dry: bool = False) -> dict[int, Any]:
         """Run steps on one tile; the result of a call with an open question is `_OPEN`."""
-        values = dict(self._tile_constants(stage, start, stop))
+        stage = work.stage
+        values = work.values(start, stop)
         for step, frees in zip(*part, strict=True):
             if isinstance(step, Load):
                 if step.slot in stage.deferred:
-                    values[step.slot] = Deferred(partial(self._read, stage, step, lane, start, stop))
+                    values[step.slot] = Deferred(partial(self._read, work, step, lane, start, stop))
                 else:
-                    values[step.slot] = self._read(stage, step, lane, start, stop)
-            else:
-                tile = Tile(start, stop, stage.numel, self._shape(step.slots[0]))
-                values[step.slots[0]] = self._tiled_call(step, values, tile, stage, dry)
+                    values[step.slot] = self._read(work, step, lane, start, stop)
+            elif step.slots[0] not in work.unmade:
+                tile = Tile(start, stop, stage.numel, self.program.template.shape(step.slots[0]))
+                values[step.slots[0]] = self._tiled_call(step, values, tile, work, dry)
             for slot in frees:
                 values.pop(slot, None)
         return values
 
-    def _tiled_call(self, step: Call, values: dict[int, Any], tile: Tile, stage: Tiles, dry: bool) -> Any:
-        if step.why == PIECES:
-            values = values | {slot: self.values[slot] for slot in step.inputs}  # entire
-        result = self.engine.caller(step, values, self.program, tile)
+    def _tiled_call(self, step: Call, values: dict[int, Any], tile: Tile, work: Work, dry: bool) -> Any:
+        slot, stage = step.slots[0], work.stage
+        if slot in work.sums:
+            with self.engine.caller.named(step, self.program):
+                return work.sums[slot].add(values, tile)
+        if slot in work.makers:
+            with self.engine.caller.named(step, self.program):
+                result = work.makers[slot](tile)
+        else:
+            result = self.engine.caller(step, values, self.program, tile)
         if hasattr(result, "send"):
             question = self._question(step)
             whole = tile.start == 0 and tile.stop == stage.numel
@@ -273,7 +276,7 @@ class Run:
                 f"{self.engine.caller.method_name(step)} promises to work on tiles, but made {shown} of a tile of "
                 f'{tile.stop - tile.start} elements; declare tiling="whole"'
             )
-        return self._shaped(result.reshape(-1), stage) if step.why == PIECES else result
+        return work.shaped(result.reshape(-1)) if slot in work.makers else result
 
     def _advance(self, step: Call, generator: Any, question: Questions, start: int, numel: int) -> Any:
         """Run a streamed method with the answers so far: its result, or `_OPEN` where it asks for more."""
@@ -321,29 +324,8 @@ class Run:
             whole: Tensor = self.values[slot]
         return whole
 
-    def _tile_constants(self, stage: Tiles, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        for slot, value in self.values.items():
-            if slot in stage.keeps:
-                continue
-            if not isinstance(value, Tensor):
-                yield slot, value
-            elif value.numel() == stage.numel and slot not in self.program.template.constants:
-                yield slot, self._shaped(value.reshape(-1)[start:stop], stage)
-            else:
-                yield slot, value.reshape(()) if value.numel() == 1 else value
-
-    def _read(self, stage: Tiles, step: Load, lane: Lane, start: int, stop: int) -> Tensor:
-        return self._shaped(self._load(step, lane, start, stop), stage)
-
-    def _shaped(self, flat: Tensor, stage: Tiles) -> Tensor:
-        if not stage.row:
-            return flat
-        for step in stage.steps:
-            if isinstance(step, Call) and step.why == "rows":
-                entry = self.program.template.specs[step.slots[0]]
-                assert isinstance(entry, TensorEntry)
-                return flat.reshape(-1, *entry.shape[1:])
-        return flat
+    def _read(self, work: Work, step: Load, lane: Lane, start: int, stop: int) -> Tensor:
+        return work.shaped(self._load(step, lane, start, stop))
 
 
 def _leading_to(stage: Tiles, frontier: Sequence[Call]) -> Part:

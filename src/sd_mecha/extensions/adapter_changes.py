@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sd_mecha.errors import AdapterError, MechaError, ShapeError
 from sd_mecha.extensions import translations
 from sd_mecha.extensions.adapter_names import names_of
-from sd_mecha.extensions.adapters import AdapterKind, AdapterModule, Shape, get_all, read_modules
+from sd_mecha.extensions.adapters import AdapterKind, AdapterModule, Shape, get_all, kinds_version, read_modules
 from sd_mecha.extensions.layouts import Link, Part
 from sd_mecha.extensions.model_configs import ModelConfig
-from sd_mecha.extensions.tile import piece_of
 
 SHOWN = 3
+REMEMBERED = 2  # answers of `find_changes`
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Change:
         """
         try:
             weight = translations.apply(self.link, base) if self.base_keys else None
-            made = self.kind.delta(self._parts(adapter), self.link.shape, weight)
+            made = self.kind.delta(self.tensors(adapter), self.link.shape, weight)
         except MechaError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -66,12 +66,8 @@ class Change:
             ) from error
         return made.mT if self.link.turned else made
 
-    def rows(self, adapter: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
-        """Some rows of the delta, where they can be made alone."""
-        shape = (stop - start, *self.link.shape[1:])
-        return self.kind.delta(self.kind.cut(self._parts(adapter), start, stop), shape, None)
-
-    def _parts(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts by name."""
         return {part: adapter[key] for part, key in self.parts.items()}
 
 
@@ -117,6 +113,8 @@ class Changes:
 def find_changes(keys: Iterable[str], config: ModelConfig, name: str = "the adapter") -> Changes:
     """Read the keys of an adapter file, and find what they change in models of a config.
 
+    Files of one trainer have the same keys, and so one answer, which is found and kept once for all of them.
+
     Args:
         keys: the keys of the file.
         config: that of the model.
@@ -125,6 +123,21 @@ def find_changes(keys: Iterable[str], config: ModelConfig, name: str = "the adap
     Raises:
         AdapterError: the file is not well formed, none of it fits the model, or two modules change the same rows.
     """
+    memo = tuple(keys), id(config), kinds_version()
+    with _lock:
+        found = _lately.pop(memo, None) or (config, _find_changes(memo[0], config, name))
+        _lately[memo] = found  # the last one is the one used last
+        while len(_lately) > REMEMBERED:
+            _lately.pop(next(iter(_lately)))
+        return found[1]
+
+
+_lately: dict[tuple[tuple[str, ...], int, int], tuple[ModelConfig, Changes]] = {}
+"""The config is kept with the answer, so that no other one gets its id."""
+_lock = threading.RLock()  # building a config may ask again
+
+
+def _find_changes(keys: Iterable[str], config: ModelConfig, name: str) -> Changes:
     try:
         modules, stray = read_modules(keys)
     except AdapterError as error:
@@ -177,7 +190,7 @@ def assemble(
     whole: Tensor | None = None
     for change in changes:
         delta = change.delta(adapter, base)
-        for part, place in _parts_in(key, change):
+        for part, place in parts_in(key, change):
             if change.link.parts == (part,) and (not shape or part.stop - part.start == shape[0]):
                 # sizes may differ from those of the config, as where a model has more input channels
                 return delta.reshape(shape) if delta.numel() == math.prod(shape) else delta
@@ -190,53 +203,13 @@ def assemble(
                     f"adapter module {change.module.name!r} makes a delta of shape {tuple(delta.shape)} for "
                     f"{change.link.shape}: rows {part.start} to {part.stop} of {key!r}, of shape {tuple(wanted.shape)}"
                 )
-            wanted += rows.reshape(wanted.shape)
+            if not whole.is_meta:  # there torch would load its compiler for it
+                wanted += rows.reshape(wanted.shape)
     assert whole is not None  # every change has a part in the key
     return whole
 
 
-def assemble_range(
-    key: str, changes: Iterable[Change], shape: Shape, adapter: Mapping[str, Tensor], start: int, stop: int
-) -> Tensor:
-    """Elements `start` to `stop` of the change of one key, for changes that are `in_rows`.
-
-    Args:
-        key, changes, adapter: as for `assemble`.
-        shape: shape of the change, as `assemble` makes it.
-    """
-    width = math.prod(shape[1:])
-    count = -(-piece_of(shape) // width)
-    first, last = start // width // count, -(-stop // width // count)
-    blocks = [
-        _rows(key, changes, width, adapter, block * count, min((block + 1) * count, shape[0]))
-        for block in range(first, last)
-    ]
-    flat = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    return flat.reshape(-1)[start - first * count * width : stop - first * count * width]
-
-
-def _rows(
-    key: str, changes: Iterable[Change], width: int, adapter: Mapping[str, Tensor], first: int, last: int
-) -> Tensor:
-    """Rows of the change of one key, as a matrix."""
-    found: Tensor | None = None
-    for change in changes:
-        for part, place in _parts_in(key, change):
-            above, below = max(first, part.start), min(last, part.stop)
-            if above >= below:
-                continue
-            rows = change.rows(adapter, place + above - part.start, place + below - part.start).reshape(-1, width)
-            if (above, below) == (first, last):
-                return rows
-            if found is None:
-                found = rows.new_zeros(last - first, width)
-            found[above - first : below - first] = rows
-    if found is None:  # rows that no module changes
-        found = next(iter(adapter.values())).new_zeros(last - first, width)
-    return found
-
-
-def _parts_in(key: str, change: Change) -> Iterator[tuple[Part, int]]:
+def parts_in(key: str, change: Change) -> Iterator[tuple[Part, int]]:
     """Yield each part of a change that lies in a key, and the row of the delta where it begins."""
     place = 0
     for part in change.link.parts:
@@ -249,7 +222,7 @@ def _check_disjoint(name: str, key: str, changes: list[Change]) -> None:
     if len(changes) == 1:
         return
     spans = sorted(
-        (part.start, part.stop, change.module.name) for change in changes for part, _ in _parts_in(key, change)
+        (part.start, part.stop, change.module.name) for change in changes for part, _ in parts_in(key, change)
     )
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end or start == end == 0:

@@ -41,6 +41,32 @@ class Delta(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Product:
+    """A change that is the product of two matrices, so that some of its rows are cheap to make and to add.
+
+    Attributes:
+        left: (rows, rank).
+        right: (rank, elements of a row).
+        scale: factor of the product.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+
+class ProductOf(Protocol):
+    """How the parts of a module are the factors of a product."""
+
+    def __call__(self, parts: Mapping[str, Tensor]) -> Product:
+        """Return the factors; it may look at values.
+
+        Args:
+            parts: as for `Delta`, those of a change that can be made in rows.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterKind:
     """An algorithm.
@@ -57,6 +83,8 @@ class AdapterKind:
         parameter: what of the module is changed, `weight` or `bias`.
         rows: part -> the axis along which it is cut to make some rows of the delta only; empty where that cannot be.
         whole_for: that cannot be where one of these parts is there; nor where the weight itself is needed.
+        product: makes the factors of which the change is the product, where it is one that can be made in rows.
+        not_product: parts with which it is none.
         optional: whether nothing is amiss where the model has no such parameter.
     """
 
@@ -69,6 +97,8 @@ class AdapterKind:
     parameter: str = "weight"
     rows: Mapping[str, int] = field(default_factory=dict)
     whole_for: frozenset[str] = frozenset()
+    product: ProductOf | None = None
+    not_product: frozenset[str] = frozenset()
     optional: bool = False
 
     def used(self, parts: Iterable[str]) -> frozenset[str] | None:
@@ -90,6 +120,11 @@ class AdapterKind:
         """The parts of which the delta is these rows."""
         cut = {part: parts[part].narrow(axis, start, stop - start) for part, axis in self.rows.items() if part in parts}
         return {**parts, **cut}
+
+    def factors(self, parts: Mapping[str, Tensor]) -> Product | None:
+        """The factors of the change; None where it is no product of two."""
+        is_product = self.product is not None and self.not_product.isdisjoint(parts)
+        return self.product(parts) if is_product and self.product is not None else None
 
     def ending(self, part: str, style: str) -> str:
         """The usual ending of a part in a style, or in that which all share.
@@ -153,6 +188,11 @@ def remove(name: str) -> AdapterKind:
 def get_all() -> list[AdapterKind]:
     """Every registered kind."""
     return _kinds.get_all()
+
+
+def kinds_version() -> int:
+    """A number that is another one after kinds were added or taken out."""
+    return _kinds.version
 
 
 def read_modules(keys: Iterable[str]) -> tuple[list[AdapterModule], list[str]]:

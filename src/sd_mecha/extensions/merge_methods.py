@@ -13,7 +13,11 @@ function later, for each key, with values it has read. `tiling` states what the 
     rows         the same promise for the first dimension
     pieces       sees entire tensors, but makes one flat range of the result at a time, named by `tile`, so that a large
                  result of small inputs is never held; without a `tile` it makes the entire result. A class may have a
-                 static `in_pieces(key_relation)` that says for which keys it can
+                 static `in_pieces(key_relation)` that says for which keys it can, and a method `prepare`, which is
+                 called once for a tensor with the arguments of a call, the `tile` being all of it, and returns what
+                 is called with each tile. Where that is `addable`, `add_to(total, tile, weight)` adds a range times
+                 a number to a tensor of that range, and `join` makes one of several of equal `form`, given with a
+                 number each
     select       the result is, bit for bit, the one input that the key map realised; nothing is computed
     shape        the result depends on shape, dtype and device alone; evaluated while planning, no byte is read
 """

@@ -70,6 +70,8 @@ class MergeMethod:
         self.streamed = inspect.isgeneratorfunction(call)
         self.map_keys: Callable[[Any], None] | None = getattr(fn_or_cls, "map_keys", None)
         self.in_pieces: Callable[[Any], bool] | None = getattr(fn_or_cls, "in_pieces", None)
+        self.sum_of: tuple[str, str, str] | None = None
+        """Parameters x, y and c where the result is `x + c * y` for every finite number c but 0."""
         self._default_nodes: dict[str, RecipeNode] = {}
         self._merge_spaces = self._each(lambda data: data.merge_space)
         self._configs = self._each(lambda data: data.model_config)

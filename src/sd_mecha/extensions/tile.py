@@ -8,7 +8,7 @@ from dataclasses import dataclass
 ALIGNMENT = 4096
 """Tiles start at multiples of this many elements."""
 
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 _LARGEST_PIECE = 1 << 20
 
 
@@ -27,8 +27,8 @@ def piece_of(shape: tuple[int, ...]) -> int:
 
     What is computed piece by piece has the same bits for every range of pieces that is asked for.
 
-    >>> piece_of((640, 320)) // 320
-    256
+    >>> piece_of((1280, 320)) // 320
+    448
     """
     row = max(math.prod(shape[1:]), 1)
     unit = math.lcm(row, ALIGNMENT)

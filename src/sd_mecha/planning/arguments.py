@@ -107,7 +107,7 @@ class PlannedCall:
 
     def _value(self, arg: Arg, make: Any) -> Any:
         if arg.by_key is not None:
-            values = {self.key if k is None else k: self._slot(s, arg.convert, make) for k, s in arg.by_key}
+            values = {self.key if k is None else str(k): self._slot(s, arg.convert, make) for k, s in arg.by_key}
             return Values(values, arg.config, self.method.identifier)
         return self._slot(arg.slot, arg.convert, make)
 

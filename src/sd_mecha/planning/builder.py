@@ -16,7 +16,7 @@ from sd_mecha.planning import integers
 from sd_mecha.planning.arguments import PlannedCall, convert_constant, scalar_dtype
 from sd_mecha.planning.bench import Workbench
 from sd_mecha.planning.keys import Source
-from sd_mecha.planning.program import Arg, Call, Load, Output, Step, Template
+from sd_mecha.planning.program import Arg, Call, Load, Name, Output, Step, Template
 from sd_mecha.planning.results import Parameter, infer
 from sd_mecha.planning.shapes import Result, Spec, computes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
@@ -254,9 +254,7 @@ class Builder:
         guard = guard and self.bench.precision.guard and (stored.dtype.is_floating_point or stored.dtype.is_complex)
         return self._load(reader, self.name(name), stored, dtype, self.bench.origin(node), guard)
 
-    def _load(
-        self, reader: int, name: str | None, stored: TensorEntry, dtype: torch.dtype, origin: int, guard: bool
-    ) -> int:
+    def _load(self, reader: int, name: Name, stored: TensorEntry, dtype: torch.dtype, origin: int, guard: bool) -> int:
         token = (reader, name, dtype, guard)
         if token not in self._known:
             slot = self._slot(TensorEntry(stored.shape, dtype))

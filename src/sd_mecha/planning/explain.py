@@ -89,7 +89,7 @@ def _shape_free(plan: Plan, template: Template) -> Iterator[str]:
 
 def _step(plan: Plan, template: Template, step: Load | Call) -> str:
     if isinstance(step, Load):
-        name = "" if step.name is None else f" {step.name!r}"
+        name = f" {step.name!r}" if isinstance(step.name, str) else ""
         cast = "" if step.dtype == step.stored.dtype else f" as {dtype_name(step.dtype)}"
         return f"%{step.slot} = read {plan.readers[step.reader].name}{name} {dtype_name(step.stored.dtype)}{cast}"
     method = plan.callables[step.target].method

@@ -20,6 +20,7 @@ from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.locations import Location
 from sd_mecha.storage.memory import MemoryReader
 from sd_mecha.storage.quantised.views import as_floats
+from sd_mecha.storage.remote.addresses import shown_path
 from sd_mecha.storage.views import RenamedReader
 
 _logger = logging.getLogger("sd_mecha")
@@ -139,4 +140,5 @@ def _reporting(node: ModelRecipeNode) -> Iterator[None]:
         if isinstance(error, MechaError):
             raise
         step = "check its permissions" if isinstance(error, PermissionError) else "check the disk"
-        raise ModelAccessError(f"model {node.path!r} cannot be opened: {error.strerror or error}; {step}") from error
+        named = shown_path(node.path or "")
+        raise ModelAccessError(f"model {named!r} cannot be opened: {error.strerror or error}; {step}") from error

@@ -19,13 +19,16 @@ from sd_mecha.extensions.model_configs import ModelConfig
 from sd_mecha.planning.shapes import Spec
 from sd_mecha.storage.contract import TensorEntry
 
+Name = str | int | None
+"""Of a key: the name itself, its place among the names of the program, or None: the key of the program."""
+
 
 class Load(NamedTuple):
     """Read one tensor of a model and cast it."""
 
     slot: int
     reader: int
-    name: str | None  # None: the key of the program
+    name: Name
     stored: TensorEntry
     dtype: torch.dtype
     origin: int  # the node, to be named when the tensor turns out not to be usable
@@ -37,7 +40,7 @@ class Arg(NamedTuple):
 
     slot: int = -1
     convert: type | torch.dtype | None = None  # computed values become that Python type, or a 0-d tensor
-    by_key: tuple[tuple[str | None, int], ...] | None = None
+    by_key: tuple[tuple[Name, int], ...] | None = None
     config: ModelConfig | None = None
 
     @property
@@ -53,11 +56,11 @@ class Call(NamedTuple):
     args: tuple[Arg, ...]
     kwargs: tuple[tuple[str, Arg], ...]
     inputs: tuple[int, ...]  # every slot that an argument mentions
-    relation: RealizedKeyRelation | None  # None: key k from key k of every parameter
+    relation: RealizedKeyRelation | int | None  # or its place in the program; None: key k from k of every parameter
     reused: bool
     tiled: bool
     why: str  # why it sees tiles, or entire tensors
-    key: str | None = None  # None: the key of the program
+    key: Name = None
     assumed: bool = False  # the method could not run on the meta device
     origin: int = -1
 
@@ -74,7 +77,7 @@ class Output:
 
     slot: int
     target: int  # which of several recipes merged together
-    name: str | None  # None: the key of the program
+    name: Name
     entry: TensorEntry
 
 
@@ -129,18 +132,32 @@ class Template:
     whole_bytes: int = 0  # peak bytes of entire tensors
     notes: list[str] = field(default_factory=list)
 
+    def shape(self, slot: int) -> tuple[int, ...]:
+        """The shape of what a slot holds; of numbers, that of a scalar."""
+        spec = self.specs[slot]
+        return spec.shape if isinstance(spec, TensorEntry) else ()
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A template at a key; `key` is None where the template names its keys itself."""
+    """A template at a key.
+
+    Attributes:
+        template: the template.
+        key: of the program; the first one where it makes several.
+        names, relations: those that its steps refer to by their place.
+    """
 
     template: Template
-    key: str | None
+    key: str
+    names: tuple[str, ...] = ()
+    relations: tuple[RealizedKeyRelation, ...] = ()
 
-    def name(self, name: str | None) -> str:
-        found = self.key if name is None else name
-        assert found is not None
-        return found
+    def name(self, name: Name) -> str:
+        """A name in full."""
+        if isinstance(name, int):
+            return self.names[name]
+        return self.key if name is None else name
 
     @property
     def outputs(self) -> list[tuple[int, str, TensorEntry]]:

@@ -2,7 +2,7 @@
 
 Most recipes map key k to key k. Their programs differ between keys only by what the sources hold, so keys whose
 sources have equal shapes, dtypes and constants share one template; finding it costs one look at each source.
-Recipes that rename or regroup keys get a template of their own for each key or group.
+Recipes that rename or regroup keys are built for each key or group; templates that differ by names alone are kept once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sd_mecha.planning.builder import Builder, Instance
 from sd_mecha.planning.keys import KeyFacts
 from sd_mecha.planning.markers import is_marker
 from sd_mecha.planning.program import Output, Program, Template
+from sd_mecha.planning.sharing import SharedTemplates
 from sd_mecha.planning.tiling import cut
 from sd_mecha.planning.unify import Classes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
@@ -54,9 +55,9 @@ def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool
             if len(bench.skipped) == skips:  # otherwise it tells of this key only
                 templates[memo] = template
         programs[key] = Program(template, key)
+    shared = SharedTemplates(cut)
     for group in _groups(bench, renamed, wanted, memoize):
-        template = build(bench, {key: wanted[key] for key in group})
-        programs[group[0]] = Program(template, group[0])
+        programs[group[0]] = shared.program(_template(bench, {key: wanted[key] for key in group}), group[0])
     return [programs[key] for key in wanted if key in programs]
 
 
@@ -74,20 +75,25 @@ def build(
     Raises:
         ShapeError: a result does not fit the layout.
     """
-    builder = Builder(bench, shared_key)
-    for key, targets in wanted.items():
-        for target in targets:
-            builder.add_output(target, key)
-    template = builder.finish()
+    template = _template(bench, wanted, shared_key)
     if declared:
         template.outputs = tuple(_as_declared(output, declared) for output in template.outputs)
     cut(template)
     return template
 
 
+def _template(bench: Workbench, wanted: Mapping[str, Iterable[int]], shared_key: str | None = None) -> Template:
+    """A template before it is cut into stages."""
+    builder = Builder(bench, shared_key)
+    for key, targets in wanted.items():
+        for target in targets:
+            builder.add_output(target, key)
+    return builder.finish()
+
+
 def _as_declared(output: Output, declared: Sequence[Mapping[str, TensorEntry]]) -> Output:
     """An output in the dtype that its place in the layout has."""
-    assert output.name is not None
+    assert isinstance(output.name, str)
     entry = declared[output.target][output.name]
     if output.entry.shape != entry.shape:
         raise ShapeError(

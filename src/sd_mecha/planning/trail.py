@@ -5,6 +5,7 @@ from __future__ import annotations
 from sd_mecha.extensions.method import method_of
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import children
+from sd_mecha.storage.remote.addresses import shown_path
 
 LONGEST = 12
 
@@ -14,7 +15,7 @@ def describe(node: RecipeNode) -> str:
     if isinstance(node, MergeRecipeNode):
         return str(node.merge_method.identifier)
     if isinstance(node, ModelRecipeNode):
-        return f'model "{node.path}"' if node.path is not None else "in-memory model"
+        return f'model "{shown_path(node.path)}"' if node.path is not None else "in-memory model"
     if isinstance(node, LiteralRecipeNode):
         values = list(node.value_dict.items())
         shown = ", ".join(f"{k}={_short(v)}" for k, v in values[:3])

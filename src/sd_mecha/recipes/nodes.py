@@ -16,6 +16,7 @@ from sd_mecha.recipes.base import RecipeNode as RecipeNode
 from sd_mecha.recipes.base import RecipeVisitor as RecipeVisitor
 from sd_mecha.recipes.base import freeze
 from sd_mecha.recipes.provider import Method, Named
+from sd_mecha.storage.remote.addresses import shown_path
 
 
 class ModelRecipeNode(RecipeNode):
@@ -76,7 +77,7 @@ class ModelRecipeNode(RecipeNode):
             return f"module {type(self.memory).__name__}"
         if self.path is None:
             return f"model in memory ({len(self.memory or ())} keys)"
-        return f"model {_short(self.path)!r}"
+        return f"model {_short(shown_path(self.path))!r}"
 
 
 class LiteralRecipeNode(RecipeNode):
@@ -280,21 +281,26 @@ def _value_token(key: str, value: Any) -> tuple[str, ...]:
 
 
 _first_of_name: dict[str, weakref.ref[Any]] = {}
+_method_tokens: weakref.WeakKeyDictionary[Method, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def _method_token(method: Method) -> tuple[Any, ...]:
     """Name a method: the first object seen under an identifier goes by it alone, others by their address too.
 
-    Methods need not be registered, so two may share an identifier: their nodes must not be equal.
+    Methods need not be registered, so two may share an identifier: their nodes must not be equal. A method keeps its
+    token, whatever becomes of the first of its name.
     """
-    identifier = method.identifier
-    known = _first_of_name.get(identifier)
-    first = None if known is None else known()
-    if first is None:  # no node holds a method of this name
-        _first_of_name[identifier] = weakref.ref(method)
-    elif first is not method:
-        return (identifier, id(method))
-    return (identifier,)
+    token = _method_tokens.get(method)
+    if token is None:
+        identifier = method.identifier
+        known = _first_of_name.get(identifier)
+        if known is None or known() is None:  # no node holds a method of this name
+            _first_of_name[identifier] = weakref.ref(method)
+            token = (identifier,)
+        else:
+            token = (identifier, id(method))
+        _method_tokens[method] = token
+    return token
 
 
 def _short(text: str) -> str:

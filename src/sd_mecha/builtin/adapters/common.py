@@ -36,3 +36,17 @@ def fitted(delta: Tensor, shape: Sequence[int]) -> Tensor:
     while delta.dim() > max(len(shape), 1) and delta.shape[-1] == 1:
         delta = delta.squeeze(-1)
     return delta.reshape(*delta.shape, *[1] * (len(shape) - delta.dim()))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices; on the meta device without asking torch, which would load its compiler.
+
+    Raises:
+        RuntimeError: they do not fit each other.
+    """
+    if not left.is_meta:
+        return left @ right
+    if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0] or left.dtype != right.dtype:
+        shown = " and ".join(f"{tuple(x.shape)} ({x.dtype})" for x in (left, right))
+        raise RuntimeError(f"matrices of shapes {shown} cannot be multiplied")
+    return left.new_empty(left.shape[0], right.shape[1])

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sd_mecha.extensions.adapters import AdapterKind, Delta, Shape
+from sd_mecha.extensions.adapters import AdapterKind, Delta, ProductOf, Shape
 
 PARTS = frozenset({"dora_scale", "magnitude"})
 """The lengths: `dora_scale` says by its shape whether of rows or of columns, `magnitude` is always of rows."""
@@ -75,10 +75,15 @@ def decomposable(
     may: frozenset[str],
     rows: Mapping[str, int] = MappingProxyType({}),
     whole_for: frozenset[str] = frozenset(),
+    product: ProductOf | None = None,
+    not_product: frozenset[str] = frozenset(),
 ) -> AdapterKind:
     """A kind of low rank that may have lengths as well."""
     named = dict(spellings)
     for style, endings in (("kohya", LYCORIS), ("peft", PEFT)):
         named[style] = {**named.get(style, {}), **endings}
     lengthened = with_lengths(delta)
-    return AdapterKind(name, named, needs, lengthened, may | PARTS, base_for=PARTS, rows=rows, whole_for=whole_for)
+    return AdapterKind(
+        name, named, needs, lengthened, may | PARTS, base_for=PARTS, rows=rows, whole_for=whole_for,
+        product=product, not_product=not_product,
+    )  # fmt: skip

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sd_mecha.builtin.adapters.common import ALPHA, fitted, scaled
+from sd_mecha.builtin.adapters.common import ALPHA, fitted, product, scaled
 from sd_mecha.builtin.adapters.dora import decomposable
-from sd_mecha.extensions.adapters import AdapterKind, Shape, register_adapter
+from sd_mecha.extensions.adapters import AdapterKind, Product, Shape, register_adapter
 
 
 def lora_delta(up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> Tensor:
@@ -30,12 +30,17 @@ def lora_delta(up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tenso
     """
     up = scaled(up.flatten(1), alpha, down.shape[0])  # it is smaller than the product
     if mid is None:
-        return (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+        return product(up, down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
     return torch.einsum("or,rs...,si->oi...", up, mid, down.flatten(1))
 
 
 def _delta(parts: Mapping[str, Tensor], shape: Shape, base: Tensor | None) -> Tensor:
     return fitted(lora_delta(parts["up"], parts["down"], parts.get("mid"), parts.get("alpha")), shape)
+
+
+def _product(parts: Mapping[str, Tensor]) -> Product:
+    down, alpha = parts["down"].flatten(1), parts.get("alpha")
+    return Product(parts["up"].flatten(1), down, 1.0 if alpha is None else alpha.item() / down.shape[0])
 
 
 def _bias_delta(parts: Mapping[str, Tensor], shape: Shape, base: Tensor | None) -> Tensor:
@@ -44,7 +49,7 @@ def _bias_delta(parts: Mapping[str, Tensor], shape: Shape, base: Tensor | None) 
 
 def _embedding_delta(parts: Mapping[str, Tensor], shape: Shape, base: Tensor | None) -> Tensor:
     first, second = parts["embedding_a"], parts["embedding_b"]
-    return scaled((second @ first).mT, parts.get("alpha"), first.shape[0])
+    return scaled(product(second, first).mT, parts.get("alpha"), first.shape[0])
 
 
 LORA = register_adapter(
@@ -74,6 +79,8 @@ LORA = register_adapter(
         _delta,
         frozenset({"mid", "alpha"}),
         rows={"up": 0},
+        product=_product,
+        not_product=frozenset({"mid"}),
     )
 )
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sd_mecha.builtin.methods import linear
-from sd_mecha.extensions.adapter_changes import assemble, assemble_range, find_changes
+from sd_mecha.extensions.adapter_changes import assemble, find_changes
+from sd_mecha.extensions.adapter_pieces import RowsOfChange
 from sd_mecha.extensions.merge_methods import (
     MergeMethod,
     Parameter,
@@ -71,6 +72,10 @@ class adapter_delta:
         changes, shape = relation.meta
         return len(shape) > 1 and all(change.in_rows for change in changes)
 
+    def prepare(self, adapter: StateDict[Tensor], base: StateDict[Tensor], strict: bool, **kwargs: Any) -> RowsOfChange:
+        changes, _ = kwargs["key_relation"].meta
+        return RowsOfChange(kwargs["key"], changes, kwargs["tile"].shape, adapter)
+
     def __call__(
         self,
         adapter: Parameter(StateDict[Tensor], "weight", "structural"),
@@ -78,11 +83,11 @@ class adapter_delta:
         strict: Parameter(bool) = False,
         **kwargs: Any,
     ) -> Return(Tensor, "delta"):
-        changes, shape = kwargs["key_relation"].meta
         tile: Tile | None = kwargs.get("tile")
-        if tile is None:
-            return assemble(kwargs["key"], changes, shape, adapter, base)
-        return assemble_range(kwargs["key"], changes, tile.shape, adapter, tile.start, tile.stop)
+        if tile is not None:
+            return self.prepare(adapter, base, strict, **kwargs)(tile)
+        changes, shape = kwargs["key_relation"].meta
+        return assemble(kwargs["key"], changes, shape, adapter, base)
 
 
 def apply_adapter(

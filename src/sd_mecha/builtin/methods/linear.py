@@ -109,6 +109,9 @@ def add_difference(
     return torch.addcmul(a, b, alpha.to(a))
 
 
+add_difference.sum_of = ("a", "b", "alpha")
+
+
 @merge_method(tiling="elementwise")
 def subtract(
     a: Parameter(Tensor, "weight"),

@@ -30,6 +30,11 @@ def shown(address: str) -> str:
     return _joined(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="&".join(fields), fragment=""))
 
 
+def shown_path(path: str) -> str:
+    """A path as it is, and an address without its secrets; see `shown`."""
+    return shown(path) if "://" in path else path
+
+
 def below(address: str, names: tuple[str, ...]) -> str:
     """The address of what lies under plain names in a folder; the query stays, for it may grant access.
 
