@@ -45,7 +45,9 @@ def test_a_broken_safetensors_file_is_reported_by_its_reader(tmp_path: Path) -> 
     [
         (b"PK\x03\x04....", "PyTorch checkpoint", "data.pkl"),
         (b"\x80\x02}q\x00.", "Python pickle", "torch.save"),
-        (b"GGUF\x03\x00\x00\x00", "GGUF", "convert"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF", "as a model"),
+        (b"Salted__\x00\x01", "encrypted", "decrypt"),
+        (b"\x1f\x8b\x08\x00", "compressed", "unpack"),
         (b"<!DOCTYPE html><html>", "web page", "download"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS pointer", "git lfs pull"),
         (b"", "empty", "again"),

@@ -32,7 +32,7 @@ def reported(debug: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt as error:
         _end(
-            "stopped; nothing was written, and a file that stood under the output's name is still there",
+            "stopped; a file that stood under the output's name is still there as it was",
             error,
             debug,
         )

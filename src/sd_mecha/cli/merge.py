@@ -80,9 +80,12 @@ def merge(
         nodes = [read_recipe(path) for path in recipes]
 
         import sd_mecha
+        from sd_mecha.logs import set_log_level
         from sd_mecha.progress import NoProgress, RichProgress
 
         arguments["tqdm"] = NoProgress if no_progress else RichProgress
+        if resume:
+            set_log_level("INFO")  # how much is complete already
         asked = {
             "output_format": output_format,
             "shard_size": shard_size,

@@ -18,7 +18,15 @@ _STARTS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
         (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
         "a Python pickle that torch.save did not write, and was not executed; save its tensors with torch.save instead",
     ),
-    (b"GGUF", "a GGUF file; convert it to safetensors first"),
+    (
+        (b"Salted__", b"age-encryption.org/", b"-----BEGIN PGP MESSAGE"),
+        "an encrypted file; decrypt it first",
+    ),
+    (
+        (b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\xfd7zXZ\x00", b"BZh", b"\x28\xb5\x2f\xfd"),
+        "a compressed archive; unpack it first",
+    ),
+    (b"GGUF", "a GGUF file, which is a format of its own; open it as a model, not as part of another"),
     (b"{", "a JSON text, such as the index of a model in several parts, without tensors in it"),
 )
 _TAR_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")  # names of the first one, filled up with NULs

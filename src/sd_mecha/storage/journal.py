@@ -152,7 +152,7 @@ class Journal:
             self._end += len(line)
 
     def _afresh(self, why: str) -> bool:
-        _logger.info("output %r: starting afresh: %s", self._output, why)
+        _logger.warning("output %r: starting afresh: %s", self._output, why)
         return False
 
 
