@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping
 
 from sd_mecha.storage.contract import ByteSource, TensorEntry, check_range, flat_bytes
+from sd_mecha.storage.file_reader import FileReader
 from sd_mecha.storage.files import RangeFile
 from sd_mecha.storage.foreign import HEAD_SIZE
 from sd_mecha.storage.placed_writer import Layout, PlacedWriter
@@ -15,7 +16,7 @@ from sd_mecha.storage.safetensors_header import PREFIX_SIZE, build_header, heade
 _ALIGNMENT = 8  # of the data within the file, so that memory-mapped tensors are aligned
 
 
-class SafetensorsReader:
+class SafetensorsReader(FileReader):
     """A safetensors file. Opening reads and checks its whole header, and no data.
 
     Args:
@@ -28,24 +29,15 @@ class SafetensorsReader:
     """
 
     def __init__(self, file: ByteSource | str | os.PathLike[str], *, requested: str | None = None) -> None:
-        self._file = RangeFile(file, requested=requested) if isinstance(file, str | os.PathLike) else file
-        self.name = self._file.name
-        try:
-            head = self._file.read(0, min(self._file.size, HEAD_SIZE))
-            length = header_size(head, self._file.size, self.name)
-            raw = self._file.read(PREFIX_SIZE, length)
-            data = PREFIX_SIZE + length
-            entries, self.metadata = parse_header(raw, self._file.size - data, self.name)
-        except BaseException:
-            self._file.close()
-            raise
-        self.entries: Mapping[str, TensorEntry] = entries
-        self._places = _places(entries, data)
+        super().__init__(RangeFile(file, requested=requested) if isinstance(file, str | os.PathLike) else file)
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells this file from another that stood in its place earlier or later."""
-        return self._file.fingerprint
+    def _open(self) -> None:
+        head = self._file.read(0, min(self._file.size, HEAD_SIZE))
+        length = header_size(head, self._file.size, self.name)
+        raw = self._file.read(PREFIX_SIZE, length)
+        data = PREFIX_SIZE + length
+        self.entries, self.metadata = parse_header(raw, self._file.size - data, self.name)
+        self._places = _places(self.entries, data)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from byte `start` of that tensor on; safe from several threads.
@@ -58,14 +50,6 @@ class SafetensorsReader:
         check_range(name, start, len(view), nbytes)
         if view:
             self._file.read_into(offset + start, view)
-
-    def check_unchanged(self) -> None:
-        """Raise ChangedInputError if the file is not the one that was opened any more."""
-        self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class SafetensorsWriter(PlacedWriter):

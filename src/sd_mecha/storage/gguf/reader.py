@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sd_mecha.storage.buffers import byte_view
-from sd_mecha.storage.contract import ByteSource, TensorEntry, check_range, flat_bytes
+from sd_mecha.storage.contract import TensorEntry, check_range, flat_bytes
+from sd_mecha.storage.file_reader import FileReader
 from sd_mecha.storage.gguf.cursor import RECIPE
 from sd_mecha.storage.gguf.header import Place, read_header
 from sd_mecha.storage.gguf.kinds import dequantised
@@ -15,7 +14,7 @@ _PIECE = 1 << 16  # values that are worked out at once; a multiple of every bloc
 _ITEM = 4  # bytes of a float32
 
 
-class GgufReader:
+class GgufReader(FileReader):
     """A GGUF file. Opening reads and checks its whole header, and no data.
 
     Args:
@@ -26,25 +25,12 @@ class GgufReader:
         UnknownFormatError: a tensor is quantised, and the gguf package is not installed.
     """
 
-    def __init__(self, file: ByteSource) -> None:
-        self._file = file
-        self.name = file.name
-        try:
-            keys, self._places = read_header(file)
-        except BaseException:
-            file.close()
-            raise
-        self.entries: Mapping[str, TensorEntry] = {
-            name: TensorEntry(place.shape, place.kind.dtype) for name, place in self._places.items()
-        }
-        self.metadata: Mapping[str, str] = {
+    def _open(self) -> None:
+        keys, self._places = read_header(self._file)
+        self.entries = {name: TensorEntry(place.shape, place.kind.dtype) for name, place in self._places.items()}
+        self.metadata = {
             RECIPE_KEY if key == RECIPE else key: value for key, value in keys.values.items() if isinstance(value, str)
         }
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells this file from another that stood in its place earlier or later."""
-        return self._file.fingerprint
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from byte `start` of that tensor on; safe from several threads.
@@ -61,14 +47,6 @@ class GgufReader:
             self._read_blocks(place, start, view)
         else:
             self._file.read_into(place.offset + start, view)
-
-    def check_unchanged(self) -> None:
-        """Raise ChangedInputError if the file is not the one that was opened any more."""
-        self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def _read_blocks(self, place: Place, start: int, view: memoryview) -> None:
         kind = place.kind

@@ -8,11 +8,12 @@ the kind of computer, the tensors, the keys of the storages - and then the stora
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.contract import ByteSource, TensorEntry
+from sd_mecha.storage.contract import ByteSource
+from sd_mecha.storage.file_reader import FileReader
 from sd_mecha.storage.pytorch.names import Storage, StoredTensor, TorchNames, UnreadableTensor
 from sd_mecha.storage.pytorch.pickle_machine import MAX_PICKLE, PickleMachine, TruncatedPickleError
 from sd_mecha.storage.pytorch.state_dicts import pick_state_dict
@@ -46,7 +47,7 @@ class TorchContent:
         return place_tensor(key, found, self.find, file.name, file_size=file.size, swapped=self.swapped)
 
 
-class TorchReader:
+class TorchReader(FileReader):
     """A PyTorch checkpoint. Opening reads its pickle, and no data.
 
     Args:
@@ -56,24 +57,13 @@ class TorchReader:
         FileFormatError: the file is broken, holds no tensors, or holds something that could not be read safely.
     """
 
-    def __init__(self, file: ByteSource) -> None:
-        self._file = file
-        self.name = file.name
-        self.metadata: Mapping[str, str] = {}
-        try:
-            content = open_content(file)
-            picked = pick_state_dict(content.value, is_tensor, file.name)
-            placed = {key: content.place(key, found, file) for key, found in picked.items()}
-        except BaseException:
-            file.close()
-            raise
+    def _open(self) -> None:
+        content = open_content(self._file)
+        picked = pick_state_dict(content.value, is_tensor, self.name)
+        placed = {key: content.place(key, found, self._file) for key, found in picked.items()}
         self._tensors = dict(sorted(placed.items(), key=lambda item: (item[1].place.order, item[1].view.offset)))
-        self.entries: Mapping[str, TensorEntry] = {key: tensor.entry for key, tensor in self._tensors.items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells this file from another that stood in its place earlier or later."""
-        return self._file.fingerprint
+        self.entries = {key: tensor.entry for key, tensor in self._tensors.items()}
+        self.metadata = {}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from byte `start` of that tensor on; safe from several threads.
@@ -83,14 +73,6 @@ class TorchReader:
             FileFormatError: what stands before the data contradicts the rest of the file.
         """
         self._tensors[name].read_into(self._file, name, start, buffer)
-
-    def check_unchanged(self) -> None:
-        """Raise ChangedInputError if the file is not the one that was opened any more."""
-        self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def is_tensor(value: object) -> bool:

@@ -55,6 +55,8 @@ class ZipDirectory:
             found.append(member)
         if at != size:
             self._fail(f"its directory has {size} bytes, but its {count} entries have {at}")
+        if not found:
+            self._fail("its directory is empty")
         found.sort()
         for (header, length, name), (limit, _, _) in zip(found, [*found[1:], (offset, 0, b"")], strict=True):
             if header + _LOCAL.size + len(name) + length > limit:
