@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,13 @@ def _own_model_dirs() -> Iterator[None]:
     for path in model_dirs.get_all():
         if path not in before:
             model_dirs.remove_path(path)
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """What a command shows of the log, it shows for itself alone."""
+    logger = logging.getLogger("sd_mecha")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers

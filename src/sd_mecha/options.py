@@ -107,6 +107,13 @@ class MergeOptions:
             raise OptionError(f"cache must map recipe nodes to objects, got a {type(self.cache).__name__}")
         if not (self.tqdm is None or self.tqdm is ... or callable(self.tqdm)):
             raise OptionError(f"tqdm must be a class of progress bars or None, got a {type(self.tqdm).__name__}")
+        for name in ("resume", "checksums"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, kinds in (("side_files", str | os.PathLike), ("output_format", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                raise OptionError(f"{name} must be text or None, got a {type(value).__name__}")
         return replace(
             self,
             shard_size=_shard_size(self.shard_size),

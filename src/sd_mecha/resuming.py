@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ _OPTIONS = (
 )
 """The options on which the bytes of an output depend."""
 
+_DEPTH = 4  # of containers in containers
+
 Finished = Callable[[int, str, int], None]
 """(target, key, bytes) of a result that is complete."""
 
@@ -41,7 +44,8 @@ Finished = Callable[[int, str, int], None]
 def fingerprint(planned: Plan, target: int, options: MergeOptions) -> str | None:
     """What an output is made of: recipe, inputs, options and programs, as a short text.
 
-    Merge methods count by name and by their own code, not by that of functions they call.
+    Merge methods count by name, by their own code and by the plain values that it takes from around it; functions that
+    they call, by code alone.
 
     Args:
         planned: the plan.
@@ -146,10 +150,35 @@ def _value(value: Any, number: dict[bytes, int]) -> Any:
 
 
 def _code(method: Any) -> str:
-    """A digest of what a function, or the methods of a class, are compiled to."""
+    """A digest of what a function, or the methods of a class, are compiled to, and of the plain values they use."""
     functions = [f for _, f in inspect.getmembers(method, inspect.isfunction)] if inspect.isclass(method) else [method]
-    codes = [code for f in functions if (code := getattr(f, "__code__", None)) is not None]
-    return hashlib.sha256(repr(list(map(_compiled, codes))).encode()).hexdigest()
+    facts = [(_compiled(f.__code__), _captured(f)) for f in functions if hasattr(f, "__code__")]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _captured(function: Any) -> list[tuple[str, Any]]:
+    """What a function takes from around it: defaults, variables of the function it was made in, globals."""
+    code, found = function.__code__, [("defaults", _plain((function.__defaults__, function.__kwdefaults__)))]
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not filled yet
+            found.append((name, _plain(cell.cell_contents)))
+    names = [name for name in code.co_names if name in function.__globals__]
+    return [*found, *((name, _plain(function.__globals__[name])) for name in names)]
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What tells a plain value from another; of other objects, only their type."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return type(value).__name__, repr(value)
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        return content_digest({"": value})
+    if isinstance(value, tuple | list) and depth < _DEPTH:
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict) and depth < _DEPTH:
+        return [(_plain(key, depth + 1), _plain(item, depth + 1)) for key, item in value.items()]
+    if isinstance(value, FunctionType):
+        return _compiled(value.__code__)
+    return type(value).__qualname__
 
 
 def _compiled(code: CodeType) -> Any:

@@ -30,7 +30,7 @@ from sd_mecha.units import format_size
 EMBEDDED = "embedded"
 """What `against` takes for the recipe in the metadata of the file."""
 
-_OUTPUTS = ("output", "output_format", "shard_size", "side_files", "resume", "checksums")
+_OUTPUTS = ("output", "output_device", "output_format", "shard_size", "side_files", "resume", "checksums", "tqdm")
 
 
 @dataclass
@@ -118,6 +118,10 @@ def verify(
         raise OptionError(f"{refused[0]} is an option of outputs; verify reads one, leave it out")
     if sample is not None and (type(sample) is not int or sample < 0):
         raise OptionError(f"sample must be a non-negative integer, or None for all tensors, got {sample!r}")
+    if seed is not None and type(seed) is not int:
+        raise OptionError(f"seed must be an integer or None, got {seed!r}")
+    if against is not None and not isinstance(against, RecipeNode | str | os.PathLike):
+        raise OptionError(f"against must be a recipe or the path of one, got a {type(against).__name__}")
     options = {name: value for name, value in options.items() if value is not ...}
     workers = MergeOptions().given(options).workers()
     location = model_dirs.locate(path)

@@ -341,3 +341,27 @@ def test_a_second_merge_to_the_same_output_is_refused(
     assert {k: t.tolist() for k, t in read(old).items()} == {
         k: t.tolist() for k, t in sd_mecha.merge(average(one, other)).items() if k != "__metadata__"
     }
+
+
+def scaled(factor: float) -> Any:
+    @merge_method(register=False, identifier="scaled")
+    def scaled(a: Parameter(torch.Tensor), **kwargs: Any) -> Return(torch.Tensor):  # type: ignore[valid-type]
+        if not a.is_meta and kwargs["key"] == STOP_AT[0]:
+            raise Interrupted
+        return a * factor
+
+    return scaled
+
+
+STOP_AT = [""]
+
+
+def test_another_value_in_the_same_program_starts_afresh(one: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    STOP_AT[0] = "k07"
+    with pytest.raises(Interrupted):
+        finish(scaled(2.0)(sd_mecha.model(one)), output, output_dtype=None, threads=0)
+    STOP_AT[0] = ""
+    finish(scaled(3.0)(sd_mecha.model(one)), output, output_dtype=None)
+    before = read(one)
+    assert all(torch.equal(tensor, 3 * before[key]) for key, tensor in read(output).items())

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sd_mecha
-from sd_mecha.errors import FileFormatError
+from sd_mecha.errors import ChangedInputError, FileFormatError
+from sd_mecha.extensions import model_formats
+from sd_mecha.storage.locations import locate
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -115,3 +117,17 @@ def test_what_peft_saved_merges_as_peft_merges_it(tmp_path: Path, rslora: bool) 
     assert found is not None
     for key, expected in trained.merge_and_unload().state_dict().items():
         torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strength_that_changes_makes_another_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", {"lora_alpha": 8, "r": 2})
+    reader: Any = model_formats.open_model(locate(folder))
+    before = reader.fingerprint
+    reader.check_unchanged()
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 800}')
+    with pytest.raises(ChangedInputError):
+        reader.check_unchanged()
+    reader.close()
+    other: Any = model_formats.open_model(locate(folder))
+    assert other.fingerprint != before
+    other.close()

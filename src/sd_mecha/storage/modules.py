@@ -65,7 +65,6 @@ class ModuleWriter:
         for device in {target.device for target in targets.values() if target.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # what was asked of the module before is still done with it
         self._left = set(entries)
-        self._left = set(entries)
         self._buffers.declare(entries, {})
 
     def write(self, name: str, start: int, buffer: memoryview) -> None:
@@ -220,7 +219,14 @@ def _loses(result: torch.dtype, target: torch.dtype) -> bool:
     """Whether results of that dtype would be cut, not rounded, to the other."""
     if result.is_complex:
         return not target.is_complex
-    return not is_integral(result) and is_integral(target)
+    if not is_integral(target):
+        return False
+    if not is_integral(result) or target is torch.bool:
+        return result is not torch.bool
+    if result is torch.bool:
+        return False
+    have, room = torch.iinfo(result), torch.iinfo(target)
+    return have.min < room.min or have.max > room.max
 
 
 def _such_as(names: list[str]) -> str:

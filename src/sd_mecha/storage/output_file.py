@@ -186,11 +186,16 @@ class OutputFile:
             return
         self._claimed = False
         descriptor = self._take_descriptor()
+        ours = False
         with contextlib.suppress(OSError):
-            if descriptor < 0 or leads_to(self.temporary, descriptor):
+            ours = descriptor < 0 or leads_to(self.temporary, descriptor)
+        if ours:
+            with contextlib.suppress(OSError):
                 self._remove_journal()
+            with contextlib.suppress(OSError):
                 remove(self.temporary, descriptor)
-            else:
+        elif descriptor >= 0:
+            with contextlib.suppress(OSError):
                 os.close(descriptor)
 
     def sync(self) -> None:
@@ -308,6 +313,8 @@ class OutputFile:
     def _reporting(self, what: str) -> Iterator[None]:
         try:
             yield
+        except OutputError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise self._error(what, error) from error
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.contract import Reader, TensorEntry, check_range, flat_bytes
+from sd_mecha.storage.contract import ByteSource, Reader, TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.locations import Location
 from sd_mecha.storage.strict_json import brief, parse_object
 from sd_mecha.storage.views import ReaderView
@@ -65,19 +65,38 @@ class PeftReader(ReaderView):
 
     def __init__(self, reader: Reader, config: Location) -> None:
         super().__init__(reader)
-        settings = parse_object(config.read(_MAX_CONFIG), config.name)
+        self._config = config.open()
+        try:
+            self._show(_settings(self._config), config.name)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self._config.fingerprint}"
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self._config.check_unchanged()
+
+    def close(self) -> None:
+        super().close()
+        self._config.close()
+
+    def _show(self, settings: Mapping[str, Any], source: str) -> None:
         if settings.get("fan_in_fan_out"):
             raise FileFormatError(
-                f"{config.name}: fan_in_fan_out is set: the adapter is for weights that lie the other way round, "
+                f"{source}: fan_in_fan_out is set: the adapter is for weights that lie the other way round, "
                 "which is not read here; merge it with PEFT first"
             )
         self._alphas = {
             name: struct.pack("=f", alpha)
-            for name, alpha in _alphas(settings, reader.entries, config.name)
-            if name not in reader.entries
+            for name, alpha in _alphas(settings, self._reader.entries, source)
+            if name not in self._reader.entries
         }
         self.entries: Mapping[str, TensorEntry] = {
-            **reader.entries,
+            **self._reader.entries,
             **dict.fromkeys(self._alphas, TensorEntry((), torch.float32)),
         }
 
@@ -88,6 +107,12 @@ class PeftReader(ReaderView):
         check_range(name, start, len(target), 4)
         target[:] = self._alphas[name][start : start + len(target)]
         return None
+
+
+def _settings(config: ByteSource) -> dict[str, Any]:
+    if config.size > _MAX_CONFIG:
+        raise FileFormatError(f"{config.name}: has {config.size} bytes; expected at most {_MAX_CONFIG}")
+    return parse_object(config.read(0, config.size), config.name)
 
 
 def _alphas(

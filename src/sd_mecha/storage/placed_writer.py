@@ -158,13 +158,13 @@ class PlacedWriter(ABC):
             self._move_down(declared, layout)
             self._fill_holes(layout)
             self._output.write_at(0, memoryview(layout.header))
+            if self._journal is not None:
+                self._journal.close()  # publishing removes it, which not every system allows while it is open
             self._output.publish(layout.size)
         except BaseException:
             self.abort()
             raise
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self._journal = None
 
     def abort(self) -> None:
         """Remove the temporary file; a writer that may be resumed keeps what is complete instead. Harmless after
