@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import sd_mecha
 from sd_mecha.cli import main
 from sd_mecha.errors import FileFormatError, OptionError
+from sd_mecha.storage.quantised.scaled_fp8 import quantized
 
 ROWS, COLUMNS = 300, 130
 
@@ -131,3 +132,42 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["merge", str(recipe), "-o", str(tmp_path / "o.safetensors"), "--scaled-fp8"])
     assert result.exit_code == 0, result.output
     assert load_file(tmp_path / "o.safetensors")["blocks.0.weight"].dtype == torch.float8_e4m3fn
+
+
+def written(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is read again of a model that was written as scaled fp8."""
+    path = tmp_path / "scaled.safetensors"
+    sd_mecha.merge(sd_mecha.model(tensors), output=path, scaled_fp8=True, output_dtype=None, tqdm=None)
+    found = sd_mecha.merge(sd_mecha.model(path), output_dtype=None, tqdm=None, omit_non_finite_inputs=False)
+    assert found is not None
+    return dict(found)
+
+
+def test_a_matrix_whose_scale_has_a_name_of_the_model_is_written_as_it_is(tmp_path: Path) -> None:
+    tensors = {"blocks.2.weight": torch.full((2, 2), 3.0), "blocks.2.scale_weight": torch.ones(3)}
+    found = written(tmp_path, tensors)
+    assert found["blocks.2.weight"].tolist() == [[3.0, 3.0]] * 2
+    assert found["blocks.2.scale_weight"].tolist() == [1.0] * 3
+
+
+def test_matrices_that_are_empty_or_tiny(tmp_path: Path) -> None:
+    tensors = {
+        "blocks.0.weight": torch.ones(4, 4),
+        "blocks.1.weight": torch.ones(0, 4),
+        "blocks.2.weight": torch.tensor([[1e-44, 0.0]]),
+    }
+    found = written(tmp_path, tensors)
+    assert found["blocks.0.weight"].tolist() == [[1.0] * 4] * 4
+    assert found["blocks.1.weight"].shape == (0, 4)
+    assert found["blocks.2.weight"].abs().max() < 1e-30
+
+
+def test_one_infinite_value_does_not_spoil_the_others() -> None:
+    values, scale = quantized(torch.tensor([[torch.inf, 2.0, -0.5]]))
+    assert (values.to(torch.float32) * scale)[0, 1:].tolist() == [2.0, -0.5]
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (200, 1), (299, 130)])
+def test_scales_that_stand_for_no_blocks_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(FileFormatError, match="does not fit the fp8 matrix"):
+        merged(scaled(torch.ones(shape)))

@@ -115,3 +115,20 @@ def test_hugging_face_is_asked_through_its_own_library():
     assert isinstance(place._place, filesystems.FilesystemPlace)
     assert isinstance(place._place._system, HfFileSystem)
     assert place.parent().child("other.safetensors").name == "hf://owner/repository@main/folder/other.safetensors"
+
+
+def test_a_listing_that_fails_for_a_moment_is_asked_again(monkeypatch):
+    answers = [ConnectionResetError("gone"), True]
+
+    def isdir(self, path, **_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(remote_file.PATIENCE, "pause", 0.001)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.isdir", isdir)
+    assert RemoteLocation("memory://remote-test/folder").is_folder()
+    answers[:] = [ConnectionResetError("gone")] * 10
+    with pytest.raises(ModelAccessError, match="cannot be reached"):
+        RemoteLocation("memory://remote-test/folder").is_folder()

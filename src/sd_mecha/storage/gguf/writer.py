@@ -35,7 +35,7 @@ class GgufWriter(PlacedWriter):
 
     Args:
         path: the file.
-        keys: those of another file that go along, as `gguf_layout.taken_over` returns them.
+        keys: those of another file that go along, as `layout.taken_over` returns them.
         quantised: whether matrices become Q8_0.
         resume: what the output is made of, for a writer that goes on where one with the same fingerprint stopped.
     """

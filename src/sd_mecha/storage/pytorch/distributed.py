@@ -145,7 +145,7 @@ class DcpReader:
         if type(dtype) is not torch.dtype or dtype not in TO_SAFETENSORS:
             self._fail(f"tensor {brief(key)} has the dtype {brief(dtype)}, which cannot be merged")
         entry = TensorEntry(self._numbers(key, shape), dtype)
-        if math.prod(size or 1 for size in entry.shape) * dtype.itemsize >= 2**63 or len(entry.shape) > 64:
+        if math.prod(size or 1 for size in entry.shape) * dtype.itemsize >= 2**63:
             self._fail(f"tensor {brief(key)} has the shape {brief(shape)}, which is too large")
         found = []
         for chunk in chunks if type(chunks) is list else ():
@@ -194,7 +194,11 @@ class DcpReader:
         return found.state
 
     def _numbers(self, key: str, numbers: Any) -> tuple[int, ...]:
-        if type(numbers) is not tuple or any(type(n) is not int or not 0 <= n < 2**60 for n in numbers):
+        if (
+            type(numbers) is not tuple
+            or len(numbers) > 64
+            or any(type(n) is not int or not 0 <= n < 2**60 for n in numbers)
+        ):
             self._fail(f"tensor {brief(key)}: {brief(numbers)} is no shape or place in it")
         return numbers
 

@@ -153,6 +153,8 @@ class ZipDirectory:
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<2H", extra, at)
             at += 4
+            if at + length > len(extra):
+                self._fail("an extra field in its directory is longer than its entry")
             if kind == 1:
                 numbers = [value for (value,) in struct.iter_unpack("<Q", extra[at : at + length // 8 * 8])]
                 found = []

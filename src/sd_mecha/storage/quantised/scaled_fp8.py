@@ -10,7 +10,6 @@ Other tools call the scale `weight_scale` or `weight_scale_inv`; all of them mul
 
 from __future__ import annotations
 
-import operator
 import re
 import threading
 from collections.abc import Mapping, Set
@@ -119,9 +118,14 @@ def _block(size: int, count: int) -> int:
     return power if -(-size // power) == count else -(-size // count)
 
 
+def _divides(size: int, count: int) -> bool:
+    """Whether that many scales can stand for blocks of equal length."""
+    return size == count or (0 < count <= size and -(-size // _block(size, count)) == count)
+
+
 def _check(name: str, key: str, shape: tuple[int, ...], scale: str, entry: TensorEntry) -> None:
     rows_only = entry.shape == shape[:1] or entry.shape == (*shape[:1], 1)
-    blocks = len(shape) == 2 and len(entry.shape) == 2 and all(map(operator.le, entry.shape, shape))
+    blocks = len(shape) == 2 and len(entry.shape) == 2 and all(map(_divides, shape, entry.shape))
     plain = entry.numel == 1 or (len(shape) == 2 and (rows_only or blocks))
     if not plain or not entry.dtype.is_floating_point or (entry.dtype in IS_STORAGE_ONLY and entry.dtype != _POWERS):
         raise FileFormatError(
@@ -147,7 +151,13 @@ class ScaledWriter:
     def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
         declared: dict[str, TensorEntry] = {}
         for name, entry in entries.items():
-            if len(entry.shape) == 2 and entry.dtype.is_floating_point and _IN_A_BLOCK.search(name):
+            if (
+                len(entry.shape) == 2
+                and entry.numel
+                and entry.dtype.is_floating_point
+                and _IN_A_BLOCK.search(name)
+                and _scale_of(name) not in entries  # a name that the model needs itself
+            ):
                 self._entries[name] = entry
                 declared[name] = TensorEntry(entry.shape, _FP8)
                 declared[_scale_of(name)] = TensorEntry((1,), torch.float32)
@@ -182,6 +192,9 @@ class ScaledWriter:
         self._writer.drop(name)
         if name in self._entries:
             self._writer.drop(_scale_of(name))
+            with self._lock:
+                self._matrices.pop(name, None)
+                self._left.pop(name, None)
 
     @property
     def completed(self) -> Set[str]:
@@ -211,9 +224,10 @@ def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
     [[0.5, -2.0]]
     """
     wide = matrix.to(torch.float32)
-    largest = wide.abs().max() if wide.numel() else torch.tensor(0.0)
-    scale = largest / torch.finfo(_FP8).max if largest > 0 else torch.tensor(1.0)
-    return (wide / scale).to(_FP8), scale.reshape(1)
+    finite = wide.abs().nan_to_num(0.0, 0.0)
+    largest = finite.max() if wide.numel() else torch.tensor(0.0)
+    scale = (largest / torch.finfo(_FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scale if largest > 0 else wide).to(_FP8), (scale if largest > 0 else torch.tensor(1.0)).reshape(1)
 
 
 def _scale_of(name: str) -> str:

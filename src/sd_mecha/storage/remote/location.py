@@ -8,7 +8,7 @@ from sd_mecha.errors import ModelNotFoundError
 from sd_mecha.storage.foreign import HEAD_SIZE
 from sd_mecha.storage.locations import Location
 from sd_mecha.storage.remote import addresses
-from sd_mecha.storage.remote.file import RemoteFile, find
+from sd_mecha.storage.remote.file import PATIENCE, RemoteFile, find
 from sd_mecha.storage.remote.filesystems import FilesystemPlace
 from sd_mecha.storage.remote.places import Found, Place
 from sd_mecha.storage.remote.web import WebPlace
@@ -44,10 +44,10 @@ class RemoteLocation(Location):
             return False
 
     def is_folder(self) -> bool:
-        return self._place.is_folder()
+        return PATIENCE.run(self._place.is_folder, self._unreachable)
 
     def children(self) -> list[str]:
-        return self._place.children()
+        return PATIENCE.run(self._place.children, self._unreachable)
 
     def parent(self) -> RemoteLocation:
         return RemoteLocation(self._place.above())
@@ -62,6 +62,9 @@ class RemoteLocation(Location):
     @cached_property
     def _found(self) -> Found:
         return find(self._place)
+
+    def _unreachable(self) -> str:
+        return f"{self.name}: cannot be reached"
 
     def _below(self, parts: tuple[str, ...]) -> RemoteLocation:
         return RemoteLocation(self._place.below(parts))
