@@ -12,6 +12,7 @@ from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.folders import output_folder
 from sd_mecha.storage.folders.output_folder import OutputFolder
+from sd_mecha.storage.output_file import OutputFile
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -153,7 +154,7 @@ def test_what_a_killed_run_left_is_removed_or_kept_on_request(tmp_path: Path) ->
     (left / "sub").mkdir(parents=True)
     (left / "sub" / "kept").write_bytes(b"1")
     (left / "sub" / "other").write_bytes(b"2")
-    (tmp_path / ".model.part.lock").write_bytes(b"")
+    (tmp_path / ".model.part.lock").write_bytes(b"part    ")
     output = OutputFolder(tmp_path / "model")
     output.create(keep=["sub/kept"])
     assert contents(left) == {"sub/kept": b"1"}
@@ -168,16 +169,95 @@ def test_what_a_killed_run_left_is_removed_or_kept_on_request(tmp_path: Path) ->
 def test_a_run_that_was_killed_while_it_published_is_put_right(old: Path) -> None:
     before = contents(old)
     old.rename(old.parent / ".model.old")
+    (old.parent / ".model.part.lock").write_bytes(b"part old")
     output = OutputFolder(old)
     output.create()
     output.discard()
     assert contents(old) == before
     (old.parent / ".model.old").mkdir()
     (old.parent / ".model.old" / "x").write_bytes(b"")
+    (old.parent / ".model.part.lock").write_bytes(b"part old")
     output.create()
     output.discard()
     assert contents(old) == before
     assert os.listdir(old.parent) == ["model"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_hidden_folder_that_no_merge_made_is_left_alone(old: Path, exists: bool) -> None:
+    target = old if exists else old.parent / "new"
+    own = old.parent / f".{target.name}.old"
+    own.mkdir()
+    (own / "thesis").write_bytes(b"mine")
+    (old.parent / f".{target.name}.part.lock").write_bytes(b"part    ")  # left by a run that was killed early
+    output = OutputFolder(target)
+    output.create()
+    output.put("config.json", b"new")
+    output.discard()
+    assert contents(own) == {"thesis": b"mine"}
+    assert sorted(os.listdir(old.parent)) == sorted({"model", own.name})
+
+
+def test_an_old_folder_in_the_way_is_refused_where_it_is_needed(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "exchange", False)
+    before = contents(old)
+    own = old.parent / ".model.old"
+    own.mkdir()
+    output = OutputFolder(old)
+    output.create()
+    with pytest.raises(OutputError, match=r"\.model\.old' is in the way; move or remove that"):
+        output.publish(nothing)
+    output.discard()
+    assert contents(old) == before
+    assert sorted(os.listdir(old.parent)) == [".model.old", "model"]
+
+
+@pytest.mark.parametrize("keep", [[], ["config.json"]])
+def test_a_folder_of_the_temporary_name_that_no_merge_made_is_refused(old: Path, keep: list[str]) -> None:
+    own = old.parent / ".model.part"
+    own.mkdir()
+    (own / "thesis").write_bytes(b"mine")
+    for _ in range(2):
+        with pytest.raises(OutputError, match="something that no merge is known to have made; move or remove that"):
+            OutputFolder(old).create(keep)
+        assert contents(own) == {"thesis": b"mine"}
+        assert sorted(os.listdir(old.parent)) == [".model.part", "model"]
+    (own / "thesis").unlink()
+    output = OutputFolder(old)
+    output.create(keep)
+    output.discard()
+    assert os.listdir(old.parent) == ["model"]
+
+
+def test_what_a_run_released_is_known_as_its_own(old: Path) -> None:
+    output = OutputFolder(old)
+    output.create()
+    output.put("config.json", b"new")
+    output.release()
+    assert contents(old.parent / ".model.part") == {"config.json": b"new"}
+    output.create()
+    output.discard()
+    assert os.listdir(old.parent) == ["model"]
+
+
+@pytest.mark.skipif(not capabilities.flock, reason="needs locks")
+def test_a_merge_into_a_file_and_one_into_a_folder_exclude_each_other(tmp_path: Path) -> None:
+    file, folder = OutputFile(tmp_path / "model"), OutputFolder(tmp_path / "model")
+    file.create(8)
+    with pytest.raises(OutputError, match="another merge is writing to it"):
+        folder.create()
+    file.write_at(0, memoryview(b"12345678"))
+    file.publish(8)
+    assert (tmp_path / "model").read_bytes() == b"12345678"
+    (tmp_path / "model").unlink()
+    (tmp_path / ".model.part").write_bytes(b"of a merge into a file that was killed")
+    folder.create()
+    with pytest.raises(OutputError):
+        file.create(8)
+    folder.put("x", b"1")
+    folder.publish(nothing)
+    assert contents(tmp_path / "model") == {"x": b"1"}
+    assert os.listdir(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("fails", [1, 2])

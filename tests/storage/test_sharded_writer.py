@@ -106,6 +106,33 @@ def test_a_new_number_of_files_replaces_the_old_ones(tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "lora.safetensors"}
 
 
+OLD_WEIGHTS = [
+    "model.safetensors",
+    "model.fp16.safetensors",
+    "model.fp16-00001-of-00002.safetensors",
+    "model-00001-of-00002.fp16.safetensors",
+    "model.safetensors.index.fp16.json",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.safetensors.index.json",
+]
+
+
+@pytest.mark.parametrize("sub", ["", "unet/"])
+def test_old_weights_go_under_whatever_name_a_library_looks_for_them(tmp_path: Path, sub: str) -> None:
+    out = tmp_path / "out"
+    (out / "unet").mkdir(parents=True)
+    (out / "other").mkdir()
+    kept = [f"{sub}lora.safetensors", f"{sub}model.txt", "config.json", "other/model.safetensors"]
+    for name in [*kept, *(sub + name for name in OLD_WEIGHTS)]:
+        (out / name).write_bytes(b"old")
+    written(out, parts=[Part("new", sub.rstrip("/"))])
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {*kept, f"{sub}new.safetensors"}
+
+
 def test_dropped_tensors_are_in_no_file_and_not_in_the_index(tmp_path: Path) -> None:
     writer = declared(tmp_path / "out", shard_size=40)
     kept = {name: tensor for name, tensor in TENSORS.items() if name != "x"}

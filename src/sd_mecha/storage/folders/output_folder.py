@@ -3,6 +3,9 @@
 Files go into `.NAME.part`, in the same parent folder. `publish` syncs all of it to the disk and gives it the final
 name: by a rename, or where a folder of that name exists, by letting both change places, in one step where the system
 can. What else lies in the old folder comes along; the old folder is removed only when the new one is in its place.
+
+The lock file, `.NAME.part.lock`, says which hidden folders beside the output are leftovers of a merge. It stays as long
+as they do. A folder that happens to have such a name and is somebody's own is never removed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import ByteSource
 
 _COPY_SIZE = 8 << 20
+_PART, _BOTH = b"part    ", b"part old"  # what a lock file says is a merge's; of one size, to be written in one go
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux' renameat2
 _IS_MODEL = re.compile(
     r"config\.json|model_index\.json|.*\.index(\.\w+)?\.json|adapter_config\.json"
@@ -45,7 +49,9 @@ class OutputFolder:
         self._target = ""
         self.part = ""
         """Where the files go until they are published; empty before `create` and after the end."""
+        self._temporary = self._old = self._lock_path = ""
         self._lock = -1
+        self._made = b""  # what the lock file says
 
     def create(self, keep: Collection[str] = ()) -> None:
         """Lock the output and make the folder for its files.
@@ -54,22 +60,24 @@ class OutputFolder:
             keep: relative paths of what may stay of an earlier run that was interrupted.
 
         Raises:
-            OutputError: the parent folder does not exist or allows no new folder, another merge writes to this one, or
-                what stands there is neither empty nor the folder of a model.
+            OutputError: the parent folder does not exist or allows no new folder, another merge writes to this one,
+                what stands there is neither empty nor the folder of a model, or a folder that no merge has made has
+                the temporary name.
         """
         with self._reporting("cannot be created"):
             self._target = os.path.realpath(self.path)
             self._check_target()
             folder, name = os.path.split(self._target)
-            part = os.path.join(folder, locks.part_name(name))
+            self._temporary = part = os.path.join(folder, locks.part_name(name))
             self._old = part.removesuffix(".part") + ".old"
-            self._lock, _ = locks.claim(f"{part}.lock", lambda: True)
             self._lock_path = f"{part}.lock"
+            self._lock, _ = locks.claim(self._lock_path, lambda: True)
         try:
             with self._reporting("cannot be created"):
+                self._made = os.read(self._lock, len(_BOTH))
                 self._recover()
-                if os.path.lexists(part) and not keep:
-                    _remove_tree(part)
+                self._make_room(bool(keep))
+                self._say(_PART)
                 os.makedirs(part, exist_ok=True)
                 self.part = part
                 if keep:
@@ -138,12 +146,18 @@ class OutputFolder:
         self.release()
 
     def release(self) -> None:
-        """Let go of the lock; what was written stays for the next run."""
+        """Let go of the lock; what was written stays for the next run, and with it the file that says whose it is."""
         self.part = ""
         if self._lock >= 0:
             descriptor, self._lock = self._lock, -1
+            left = (self._made in (_PART, _BOTH) and os.path.lexists(self._temporary)) or (
+                self._made == _BOTH and os.path.lexists(self._old)
+            )
             with contextlib.suppress(OSError):
-                locks.remove(self._lock_path, descriptor)
+                if left:
+                    os.close(descriptor)
+                else:
+                    locks.remove(self._lock_path, descriptor)
 
     def _check_target(self) -> None:
         folder = os.path.dirname(self._target)
@@ -162,22 +176,60 @@ class OutputFolder:
 
     def _recover(self) -> None:
         """Put back, or remove, the old folder that a run left which was killed while it published."""
-        if os.path.lexists(self._old):
+        if self._made == _BOTH and os.path.lexists(self._old):
             if os.path.lexists(self._target):
                 _remove_tree(self._old)
             else:
                 os.rename(self._old, self._target)
+
+    def _make_room(self, resume: bool) -> None:
+        """Remove what an earlier run left under the temporary name, but for a folder that this one goes on in."""
+        try:
+            status = os.lstat(self._temporary)
+        except FileNotFoundError:
+            return
+        if stat.S_ISREG(status.st_mode):  # of a merge into a file of this name, which may be running
+            descriptor, _ = locks.claim(self._temporary)
+            locks.remove(self._temporary, descriptor)
+            return
+        is_folder = stat.S_ISDIR(status.st_mode)
+        own = is_folder and (self._made in (_PART, _BOTH) or not os.listdir(self._temporary))
+        if not own:
+            raise OutputError(
+                f"output {self.path!r}: its temporary name {self._temporary!r} leads to something that no merge is "
+                "known to have made; move or remove that, or choose another name"
+            )
+        if not resume:
+            shutil.rmtree(self._temporary)
+
+    def _say(self, made: bytes) -> None:
+        """Put into the lock file which of the hidden folders are this merge's, before they are made."""
+        os.lseek(self._lock, 0, os.SEEK_SET)
+        os.write(self._lock, made)
+        os.fsync(self._lock)
+        self._made = made
 
     def _exchange(self) -> None:
         """Put the new folder in the place of the old one, which is at `self._old` afterwards."""
         if capabilities.exchange and _exchange(self.part, self._target):
             self._old = self.part
             return
-        os.rename(self._target, self._old)
+        if os.path.lexists(self._old):
+            raise OutputError(
+                f"output {self.path!r} cannot be completed: {self._old!r} is in the way; move or remove that"
+            )
+        self._say(_BOTH)
+        _sync(os.path.dirname(self._target))
         try:
-            os.rename(self.part, self._target)
+            os.rename(self._target, self._old)
+            try:
+                os.rename(self.part, self._target)
+            except BaseException:
+                os.rename(self._old, self._target)
+                raise
         except BaseException:
-            os.rename(self._old, self._target)
+            if not os.path.lexists(self._old):
+                self._say(_PART)
             raise
 
     @contextlib.contextmanager

@@ -31,6 +31,10 @@ _TORCH = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorc
 _INDEX_NAME = re.compile(r".*\.index(\.\w+)?\.json")
 _SINGLE = re.compile(r"[^.\\:/][^\\:/]*\.safetensors")
 _VARIANT = "fp16"
+_KNOWN_WEIGHTS = re.compile(  # libraries have put the variant before the number, and after it
+    rf"({'|'.join({*STEMS, *_TORCH.values()})})(\.{_VARIANT})?(-\d+-of-\d+)?(\.{_VARIANT})?\.(safetensors|bin)"
+    r"(\.index(\.\w+)?\.json)?"
+)
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -62,6 +66,15 @@ def find_weights(folder: Location) -> Location | None:
     if len(single) == 1 and "config.json" in listed:
         return folder.child(single[0])
     return None
+
+
+def is_known_weights(name: str) -> bool:
+    """Whether a library takes a file of that name for the weights of a folder, for some of them, or for their index.
+
+    >>> is_known_weights("pytorch_model-00001-of-00002.bin"), is_known_weights("lora.safetensors")
+    (True, False)
+    """
+    return _KNOWN_WEIGHTS.fullmatch(name) is not None
 
 
 def stem_of(weights: Location) -> str:

@@ -12,6 +12,7 @@ from sd_mecha.errors import OutputError
 from sd_mecha.storage.contract import ByteSource, TensorEntry
 from sd_mecha.storage.files import descriptor_limit
 from sd_mecha.storage.folders.output_folder import OutputFolder
+from sd_mecha.storage.folders.sharded import is_known_weights
 from sd_mecha.storage.locks import part_name
 from sd_mecha.storage.safetensors import SafetensorsWriter
 
@@ -39,9 +40,13 @@ class Part:
         return f"{self.folder}/{name}" if self.folder else name
 
     def replaces(self, path: str) -> bool:
-        """Whether a file of that relative path belongs to another version of the same weights."""
-        numbered = rf"{re.escape(self.path(self.stem))}(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-        return re.fullmatch(numbered, path) is not None
+        """Whether a file of that relative path is, or belongs to, another version of the same weights.
+
+        Under whatever name a library looks for weights: it must not find the old ones beside the new.
+        """
+        folder, _, name = path.rpartition("/")
+        numbered = rf"{re.escape(self.stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+        return folder == self.folder and (is_known_weights(name) or re.fullmatch(numbered, name) is not None)
 
 
 SideFile = tuple[str, bytes | Callable[[], ByteSource]]
