@@ -105,15 +105,18 @@ def test_the_bytes_do_not_depend_on_threads_or_memory(tmp_path: Path, models: li
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_an_interrupted_merge_of_them_goes_on(tmp_path: Path, models: list[Any], shards: bool) -> None:
-    left = [10]
+    class Countdown:  # not a plain value, which would make it another program each time
+        left = 10
+
+    countdown = Countdown()
 
     @merge_method(register=False, identifier="interrupted")
     def interrupted(
         a: Parameter(torch.Tensor),  # type: ignore[valid-type]
     ) -> Return(torch.Tensor):  # type: ignore[valid-type]
         if not a.is_meta:
-            left[0] -= 1
-            if not left[0]:
+            countdown.left -= 1
+            if not countdown.left:
                 raise KeyboardInterrupt
         return a * 2
 
@@ -124,9 +127,9 @@ def test_an_interrupted_merge_of_them_goes_on(tmp_path: Path, models: list[Any],
     with pytest.raises(KeyboardInterrupt):
         sd_mecha.merge(node, output=broken, resume=True, **options)
     assert not broken.exists()
-    done = -left[0]
+    done = -countdown.left
     sd_mecha.merge(node, output=broken, resume=True, **options)
-    assert -left[0] - done < len(KEYS)  # some were not computed again
+    assert -countdown.left - done < len(KEYS)  # some were not computed again
     sd_mecha.merge(node, output=whole, **options)
     pairs = [(broken, whole)] if not shards else [(broken / p.name, p) for p in whole.iterdir()]
     for found, expected in pairs:
