@@ -10,9 +10,10 @@ import weakref
 
 import pytest
 
-from sd_mecha.storage.remote import block_cache
-from sd_mecha.storage.remote.block_cache import BlockCache, Sink
+from sd_mecha.storage.remote import spill_file
+from sd_mecha.storage.remote.block_cache import BlockCache
 from sd_mecha.storage.remote.read_ahead import ReadAhead
+from sd_mecha.storage.remote.sinks import Sink
 
 CONTENT = random.Random(0).randbytes(10_000)
 
@@ -54,9 +55,9 @@ def read(cache: BlockCache, file: Slow, offset: int, length: int) -> bytes:
     return bytes(data)
 
 
-def make(*files: Slow, slots: int = 4, ahead: int = 0, per_file: int = 1) -> BlockCache:
-    """A cache of small blocks: 1000 bytes of 100-byte chunks."""
-    cache = BlockCache(slots * 1000, block=1000, chunk=100, ahead=ahead, per_file=per_file)
+def make(*files: Slow, slots: int = 40, memory: int = 3, ahead: int = 0, per_file: int = 10) -> BlockCache:
+    """A cache of 100-byte blocks, of which so many fit on disk and in memory; ten are asked for at once at most."""
+    cache = BlockCache(slots * 100, memory=memory * 100, block=100, longest=1_000, ahead=ahead, per_file=per_file)
     for file in files:
         cache.add(file)
     return cache
@@ -72,9 +73,11 @@ def settle() -> None:
 
 @pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("ahead", [0, 3000])
-def test_any_range_reads_back(ahead):
+@pytest.mark.parametrize("memory", [0, 3, 60])
+@pytest.mark.parametrize("slots", [1, 40, 400])
+def test_any_range_reads_back(ahead, memory, slots):
     a, b = Slow(), Slow(CONTENT[::-1][:9_950])
-    cache = make(a, b, ahead=ahead)
+    cache = make(a, b, ahead=ahead, memory=memory, slots=slots)
     chance = random.Random(1)
     for _ in range(300):
         file = chance.choice([a, b])
@@ -88,7 +91,7 @@ def test_any_range_reads_back(ahead):
 
 def test_only_touched_chunks_are_fetched_and_only_once():
     file = Slow()
-    cache = make(file)
+    cache = make(file, slots=100)
     read(cache, file, 250, 100)
     assert file.fetched == [(200, 400)]
     read(cache, file, 200, 200)
@@ -101,7 +104,7 @@ def test_only_touched_chunks_are_fetched_and_only_once():
 
 def test_the_block_used_least_recently_makes_room():
     file = Slow()
-    cache = make(file, slots=3)
+    cache = make(file, slots=2, memory=1, per_file=0)
     for offset in (0, 1_000, 2_000, 0, 3_000):  # the block at 1000 goes
         read(cache, file, offset, 10)
     file.fetched.clear()
@@ -113,15 +116,96 @@ def test_the_block_used_least_recently_makes_room():
     cache.forget(file)
 
 
+def test_what_is_read_once_as_a_whole_never_touches_the_disk(monkeypatch):
+    stored: list[int] = []
+    store = spill_file.SpillFile.store
+    monkeypatch.setattr(
+        spill_file.SpillFile, "store", lambda *arguments: (stored.append(arguments[1]), store(*arguments))[1]
+    )
+    file = Slow()
+    cache = make(file, memory=30, ahead=1_000)
+    for offset in range(0, 10_000, 40):
+        assert read(cache, file, offset, 40) == CONTENT[offset : offset + 40]
+    settle()
+    assert file.total == 10_000
+    assert stored == []
+    assert read(cache, file, 500, 5_000) == CONTENT[500:5_500], "it is fetched once more"
+    assert file.total > 14_000
+    cache.forget(file)
+
+
+def test_what_was_not_read_as_a_whole_goes_to_disk_and_comes_back():
+    file = Slow()
+    cache = make(file, slots=90, memory=3)
+    for start in (0, 60):
+        for offset in range(start, 9_000, 100):
+            assert read(cache, file, offset, 40) == CONTENT[offset : offset + 40]
+    assert file.total == 9_000
+    assert len(cache._spare) <= 3
+    assert cache._made <= 3
+    cache.forget(file)
+
+
+def test_room_is_not_given_away_while_a_forgotten_file_is_read_from_disk(monkeypatch):
+    file, other = Slow(), Slow(CONTENT[::-1])
+    cache = make(file, slots=10, memory=1, per_file=0)
+    for offset in (0, 1_000, 2_000):
+        read(cache, file, offset, 50)
+    reading, go = threading.Event(), threading.Event()
+    load = spill_file.SpillFile.load
+
+    def slow(*arguments: object) -> bool:
+        reading.set()
+        assert go.wait(10)
+        return load(*arguments)
+
+    monkeypatch.setattr(spill_file.SpillFile, "load", slow)
+    got: list[bytes] = []
+    thread = threading.Thread(target=lambda: got.append(read(cache, file, 0, 50)))
+    thread.start()
+    assert reading.wait(10)
+    cache.forget(file)
+    cache.add(other)
+    for offset in range(0, 5_000, 100):
+        read(cache, other, offset, 50)
+    count = len(file.fetched)
+    go.set()
+    thread.join()
+    assert got == [CONTENT[:50]]
+    assert len(file.fetched) == count, "it came from the disk"
+    for offset in range(0, 5_000, 100):
+        assert read(cache, other, offset + 50, 50) == other.content[offset + 50 : offset + 100]
+    storage = cache._disk._file
+    assert storage is not None
+    cache.forget(other)
+    assert storage.closed
+    assert (cache._made, cache._free, cache._orphans) == (0, [], set())
+
+
+def test_a_second_pass_is_read_ahead_too():
+    file = Slow()
+    cache = make(file, memory=30, ahead=1_000)
+    counts = []
+    for _ in range(2):
+        for offset in range(0, 10_000, 100):
+            assert read(cache, file, offset, 100) == CONTENT[offset : offset + 100]
+            settle()
+        counts.append(len(file.fetched))
+    assert file.total == 20_000
+    assert counts[1] < 2 * counts[0] + 3
+    assert counts[0] < 30
+    cache.forget(file)
+
+
 def test_the_temporary_file_is_bounded_and_has_no_name_and_goes_with_the_last_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     files = [Slow(), Slow()]
-    cache = make(*files, slots=3)
+    cache = make(*files, slots=30)
     for file in files:
         for offset in range(0, 10_000, 100):
-            read(cache, file, offset, 100)
-    storage = cache._file
+            read(cache, file, offset, 99)
+    storage = cache._disk._file
     assert storage is not None
     assert os.fstat(storage.fileno()).st_size <= 3_000
     assert os.name == "nt" or os.listdir(tmp_path) == []
@@ -136,20 +220,21 @@ def test_the_temporary_file_is_bounded_and_has_no_name_and_goes_with_the_last_fi
 
 def test_every_open_file_may_count_on_some_blocks():
     files = [Slow() for _ in range(10)]
-    cache = make(*files, slots=4, per_file=2)
-    assert cache.slots == 20
-    for _ in range(2):
+    cache = make(*files, slots=40, per_file=20)
+    assert cache.slots == 200
+    for start in (0, 1):
         for file in files:
-            assert read(cache, file, 4_500, 1_000) == CONTENT[4_500:5_500]
+            for offset in range(4_500, 5_500, 100):
+                assert read(cache, file, offset + start, 99) == CONTENT[offset + start : offset + start + 99]
     assert all(file.total == 1_000 for file in files)
     for file in files:
         cache.forget(file)
-    assert cache.slots == 4
+    assert cache.slots == 40
 
 
 def test_concurrent_readers_wait_for_one_fetch():
     file = Slow()
-    cache = make(file)
+    cache = make(file, slots=100)
     file.go.clear()
     got: list[bytes] = []
     threads = [threading.Thread(target=lambda: got.append(read(cache, file, 100, 300))) for _ in range(5)]
@@ -191,7 +276,7 @@ def test_a_failed_fetch_is_told_and_does_not_stick():
 
 def test_reading_in_a_row_is_seen_and_reading_at_random_is_not():
     file = Slow()
-    cache = make(file, ahead=4_000, slots=20)
+    cache = make(file, ahead=4_000, slots=200)
     for offset in (5_000, 200, 9_000, 3_000):
         read(cache, file, offset, 100)
     settle()
@@ -212,7 +297,7 @@ def test_reading_in_a_row_is_seen_and_reading_at_random_is_not():
 
 def test_the_blocks_of_a_long_range_are_fetched_side_by_side():
     file = Slow()
-    cache = make(file, ahead=4_000, slots=20)
+    cache = make(file, ahead=4_000, slots=200)
     file.go.clear()
     thread = threading.Thread(target=read, args=(cache, file, 0, 4_000))
     thread.start()
@@ -235,9 +320,8 @@ def test_a_full_disk_is_no_failure(monkeypatch, caplog):
     monkeypatch.setattr(os, "pwrite", full)
     for offset in (0, 50, 3_990):
         assert read(cache, file, offset, 100) == CONTENT[offset : offset + 100]
-    assert [record.message for record in caplog.records] == [
-        "no room on disk for reading remote files ahead ([Errno 28] No space left on device); they are read directly"
-    ]
+    expected = "no room on disk for reading remote files ahead ([Errno 28] No space left on device)"
+    assert [record.message for record in caplog.records] == [f"{expected}; only memory is used for it"]
     cache.forget(file)
 
 
@@ -255,7 +339,7 @@ def test_no_temporary_folder_is_no_failure(monkeypatch, caplog):
 
 def test_closing_while_others_read(monkeypatch):
     file, other = Slow(), Slow()
-    cache = make(file, slots=2)
+    cache = make(file, slots=20)
     file.go.clear()
     got: list[bytes] = []
     thread = threading.Thread(target=lambda: got.append(read(cache, file, 0, 100)))
@@ -266,30 +350,19 @@ def test_closing_while_others_read(monkeypatch):
     cache.forget(file)
     cache.add(other)
     for offset in range(0, 10_000, 500):
-        assert read(cache, other, offset, 100) == CONTENT[offset : offset + 100], "its slot is not taken over"
+        assert read(cache, other, offset, 100) == CONTENT[offset : offset + 100], "its memory is not taken over"
     file.go.set()
     thread.join()
     assert got == [CONTENT[:100]]
     cache.forget(other)
 
 
-def test_runs_of_bits():
-    assert list(block_cache._runs(0)) == []
-    assert list(block_cache._runs(0b1)) == [(0, 1)]
-    assert list(block_cache._runs(0b1110_0101_1000)) == [(3, 5), (6, 7), (9, 12)]
-
-
 def test_the_folder_is_the_one_that_was_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert block_cache.cache_folder() is None
+    assert spill_file.cache_folder() is None
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.delenv(name, raising=False)
-    assert block_cache.cache_folder() in (None, "/var/tmp")
-
-
-def test_a_block_is_a_whole_number_of_chunks():
-    with pytest.raises(ValueError, match="whole number of chunks"):
-        BlockCache(block=1000, chunk=300)
+    assert spill_file.cache_folder() in (None, "/var/tmp")
 
 
 def test_read_ahead_drops_what_is_too_much_and_what_fails():

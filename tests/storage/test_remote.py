@@ -32,7 +32,7 @@ def site(monkeypatch):
 
 @pytest.fixture
 def opened(site):
-    cache = BlockCache(2**20, block=2**16, chunk=2**12, ahead=0)
+    cache = BlockCache(2**20, block=2**12, longest=2**16, ahead=0)
     file = RemoteFile(WebPlace(site.url(PATH)), cache=cache)
     yield file
     file.close()
@@ -256,7 +256,7 @@ def test_redirects_are_followed_once(site):
 
 def test_an_expired_redirect_is_asked_for_again(site):
     site.redirects["/r"] = PATH + "?signed=1"
-    file = RemoteFile(WebPlace(site.url("/r")), cache=BlockCache(2**20, block=2**16, chunk=2**12, ahead=0))
+    file = RemoteFile(WebPlace(site.url("/r")), cache=BlockCache(2**20, block=2**12, longest=2**16, ahead=0))
     file.read(50_000, 10)
     site.faults.append("403")
     assert file.read(100_000, 10) == CONTENT[100_000:100_010]

@@ -1,67 +1,58 @@
-"""A read-ahead cache on disk for files that are slow to ask.
+"""A read-ahead cache for files that are slow to ask, in memory and on disk.
 
-All remote files share one temporary file of bounded size, which has no name and vanishes with the process. It is
-divided into slots that hold a block of some file each; a block is filled by chunks, so that a small read
-fetches little. Where chunks are read one after another, those that come next are fetched in the background: as
-many as were read in a row so far, up to a limit. What is fetched in vain is therefore at most as much as what was
-needed. The slot that was used least recently is given to the next block.
+All remote files share it. A file is divided into blocks, the least that is fetched. A block is fetched into memory.
+When every byte of it was read once, its memory is given to the next block, for a merge reads nearly every
+byte once: most blocks never touch the disk. What is displaced from memory before it was read goes to a
+temporary file. Only when all open files fit into that file together, blocks are kept there after they were read, too.
+Memory and temporary file are of bounded size; both give the room of the block that was used least recently to
+the next one.
 
-A chunk that is being fetched is waited for, never fetched twice. Without a usable disk everything is read
-directly.
+Where blocks are read one after another, those that come next are fetched in the background: as many as were
+read in a row so far, up to a limit. What is fetched in vain is therefore at most as much as what was needed.
+
+A block that is being fetched is waited for, never fetched twice at the same time. Without a usable disk, what is
+displaced from memory is fetched again when it is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import os
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
 
-from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.remote.read_ahead import ReadAhead
-
-Sink = Callable[[memoryview], None]
-"""Takes the next bytes of a range that is being fetched; they are only valid during the call."""
-
-_logger = logging.getLogger("sd_mecha")
-
-
-class Fetched(Protocol):
-    """A file whose ranges are fetched."""
-
-    @property
-    def size(self) -> int:
-        """Bytes in it."""
-
-    def fetch(self, start: int, stop: int, sink: Sink) -> None:
-        """Hand all bytes of the range to the sink, in order."""
+from sd_mecha.storage.remote.sinks import Fetched, LendingSink, ViewSink
+from sd_mecha.storage.remote.spill_file import SpillFile
 
 
 class _Block:
-    """Which chunks of a block its slot holds (`filled`) and which are on their way (`pending`), as bit sets."""
+    """A block that is being fetched (neither ready nor failed), or is in memory (`data`), on disk (`slot`) or both.
 
-    __slots__ = ("filled", "pending", "slot", "users")
+    It stays where it is while it has users.
+    """
 
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self.filled = 0
-        self.pending = 0
+    __slots__ = ("data", "failed", "key", "length", "ready", "slot", "unread", "users")
+
+    def __init__(self, key: tuple[Fetched, int], length: int) -> None:
+        self.key = key
+        self.length = length
+        self.unread = length
+        self.data: memoryview | None = None
+        self.slot: int | None = None
+        self.ready = False
+        self.failed = False
         self.users = 0
 
 
 class BlockCache:
-    """Blocks of remote files in a temporary file.
+    """Blocks of remote files.
 
     Args:
         limit: bytes that the temporary file may take; more only where that is less than `per_file` blocks per file.
-        block: bytes of a block.
-        chunk: bytes of a chunk, the least that is fetched; a block has a whole number of them.
-        ahead: bytes that are fetched before they are asked for, at most.
+        memory: bytes that blocks in memory may take; one block more for every thread that is just filling one.
+        block: bytes of a block, the least that is fetched.
+        longest: bytes that are asked for at once, at most.
+        ahead: bytes that are fetched before they are asked for, at most, for each place where a file is read.
         per_file: blocks that each open file may count on.
         workers: how many ranges are fetched in the background at once.
     """
@@ -70,308 +61,338 @@ class BlockCache:
         self,
         limit: int = 512 * 2**20,
         *,
-        block: int = 4 * 2**20,
-        chunk: int = 256 * 2**10,
-        ahead: int = 16 * 2**20,
-        per_file: int = 3,
+        memory: int = 48 * 2**20,
+        block: int = 256 * 2**10,
+        longest: int = 4 * 2**20,
+        ahead: int = 8 * 2**20,
+        per_file: int = 48,
         workers: int = 6,
     ) -> None:
-        if block % chunk:
-            raise ValueError(f"a block of {block} bytes is no whole number of chunks of {chunk}")
         self._limit = limit
         self._block = block
-        self._chunk = chunk
-        self._per_block = block // chunk
-        self._ahead = ahead // chunk
+        self._longest = max(longest // block, 1)
+        self._ahead = ahead // block
         self._per_file = per_file
-        self._blocks: OrderedDict[tuple[Fetched, int], _Block] = OrderedDict()
-        self._free: list[int] = []
-        self._made = 0  # slots that the temporary file has so far
-        self._orphans = 0  # blocks still in use whose file was forgotten
+        self._most = memory // block  # buffers
+        self._made = 0
+        self._spare: list[memoryview] = []
         self._files: set[Fetched] = set()
-        self._file: BinaryIO | None = None
-        self._broken = False
+        self._blocks: dict[tuple[Fetched, int], _Block] = {}
+        self._in_memory: OrderedDict[_Block, None] = OrderedDict()
+        self._on_disk: OrderedDict[_Block, None] = OrderedDict()
+        self._passed: dict[Fetched, bytearray] = {}  # for each block, whether it was read and dropped
+        self._disk = SpillFile(block)
+        self._slots_made = 0
+        self._free: list[int] = []
+        self._orphans: set[_Block] = set()  # forgotten, but still in use
+        self._keeps = False  # whether blocks stay after they were read
         # Re-entrant: a file may be garbage-collected, hence forgotten, while this thread holds the lock.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._io_lock = threading.Lock()  # guards the file position where positional reads are missing
         self._read_ahead = ReadAhead(workers)
 
     @property
     def slots(self) -> int:
-        """Blocks that are kept at most, given the files that are open now."""
+        """Blocks that are kept on disk at most, given the files that are open now."""
         return max(self._limit // self._block, self._per_file * len(self._files), 1)
 
     def add(self, file: Fetched) -> None:
         """A file is going to be read."""
         with self._lock:
             self._files.add(file)
+            self._passed[file] = bytearray(-(-file.size // self._block))
+            self._keeps = sum(each.size for each in self._files) <= self._limit
 
     def forget(self, file: Fetched) -> None:
-        """A file will not be read any more. After the last one, the temporary file and the threads are gone."""
+        """A file will not be read any more. After the last one, memory, temporary file and threads are gone."""
         with self._lock:
             self._files.discard(file)
+            self._keeps = sum(each.size for each in self._files) <= self._limit
             self._read_ahead.forget(file)
+            self._passed.pop(file, None)
             for key in [key for key in self._blocks if key[0] is file]:
-                block = self._blocks.pop(key)
-                if block.users:
-                    self._orphans += 1
-                else:
-                    self._free.append(block.slot)
-            self._drop_unused_storage()
+                self._drop(self._blocks[key])
+            self._give_back_room()
 
     def read_into(self, file: Fetched, offset: int, view: memoryview) -> None:
         """Fill a flat view of bytes from that offset of the file on."""
         if not len(view):
             return
-        first, following = offset // self._chunk, -(-(offset + len(view)) // self._chunk)
-        with self._lock:  # the other blocks of a long range are fetched beside the first one
-            next_block = (first // self._per_block + 1) * self._per_block
-            self._ask(file, self._lacking(file, next_block, following))
+        first, following = offset // self._block, -(-(offset + len(view)) // self._block)
+        asked = first
         done = 0
         while done < len(view):
             number, start = divmod(offset + done, self._block)
+            if number >= asked:  # what comes later in a long range is fetched beside its beginning
+                asked = number + self._longest
+                self._ask(file, asked, min(number + self._ahead, following))
             piece = view[done : done + self._block - start]
-            with self._use(file, number) as block:
-                if block is None or not self._read_block(file, number, block, start, piece):
-                    _read_directly(file, offset + done, piece)
+            block = self._get(file, number, following)
+            if block is None:
+                file.fetch(offset + done, offset + done + len(piece), ViewSink(piece))
+            else:
+                self._take_from(block, offset + done, piece)
             done += len(piece)
         self._look_ahead(file, first, following)
 
-    def _read_block(self, file: Fetched, number: int, block: _Block, start: int, piece: memoryview) -> bool:
-        wanted = self._mask(start, start + len(piece))
+    def _get(self, file: Fetched, number: int, following: int) -> _Block | None:
+        """A block that is ready, with one more user; with it, what is missing up to `following` may be fetched.
+
+        None if the file was forgotten.
+        """
         while True:
             with self._lock:
-                missing = wanted & ~block.filled
-                if not missing or self._broken:
-                    break
-                mine = missing & ~block.pending
-                if not mine:
-                    self._changed.wait()
-                    continue
-                block.pending |= mine
-            self._fill(file, number, block, mine)
-        return not self._broken and self._load(block.slot * self._block + start, piece)
-
-    def _fill(self, file: Fetched, number: int, block: _Block, chunks: int) -> None:
-        """Fetch chunks that are marked as pending. Whatever happens, they are not pending afterwards."""
-        base, origin = number * self._block, block.slot * self._block
-        try:
-            for first, last in _runs(chunks):
-                start = first * self._chunk
-                stop = min(last * self._chunk, file.size - base)
-                if start < stop:
-                    file.fetch(base + start, base + stop, _Storing(self, origin + start))
+                if file not in self._files:
+                    return None
+                block = self._blocks.get((file, number))
+                mine = [] if block else self._claim(file, number, min(following, number + self._longest))
+                if mine and self._passed[file][number]:  # a second time: those that follow may be wanted again, too
+                    self._passed[file][number:] = bytes(len(self._passed[file]) - number)
+                block = block or mine[0]
+                block.users += 1
+                if block.ready:
+                    (self._in_memory if block in self._in_memory else self._on_disk).move_to_end(block)
+            try:
+                self._fill(file, mine)
                 with self._lock:
-                    if not self._broken:
-                        block.filled |= (1 << last) - (1 << first)
-                        block.pending &= ~((1 << last) - (1 << first))
-                        self._changed.notify_all()
+                    while not (block.ready or block.failed):
+                        self._changed.wait()
+            except BaseException:
+                self._release(block, 0)
+                raise
+            if block.ready:
+                return block
+            self._release(block, 0)
+
+    def _claim(self, file: Fetched, first: int, last: int) -> list[_Block]:
+        """New blocks for the run of missing ones from the first on, for this thread to fill."""
+        mine = []
+        for number in range(first, last):
+            key = file, number
+            if key in self._blocks:
+                break
+            block = _Block(key, min(self._block, file.size - number * self._block))
+            self._blocks[key] = block
+            mine.append(block)
+        return mine
+
+    def _fill(self, file: Fetched, blocks: list[_Block]) -> None:
+        """Fetch blocks that were claimed. Whatever happens, each one is ready or failed afterwards."""
+        if not blocks:
+            return
+        start = blocks[0].key[1] * self._block
+        filling = _Filling(self, blocks)
+        try:
+            file.fetch(start, start + sum(block.length for block in blocks), filling)
         finally:
+            filling.close()
             with self._lock:
-                block.pending &= ~chunks
+                for block in blocks:
+                    if not block.ready:
+                        block.failed = True
+                        self._drop(block)
                 self._changed.notify_all()
 
+    def _take_from(self, block: _Block, offset: int, piece: memoryview) -> None:
+        """Copy bytes of a block that is in use, and let go of it."""
+        start = offset % self._block
+        read = 0
+        try:
+            data = block.data
+            if data is not None:
+                piece[:] = data[start : start + len(piece)]
+            elif block.slot is None or not self._disk.load(block.slot, start, piece):
+                block.key[0].fetch(offset, offset + len(piece), ViewSink(piece))
+            read = len(piece)
+        finally:
+            self._release(block, read)
+
+    def _release(self, block: _Block, read: int) -> None:
+        with self._lock:
+            block.users -= 1
+            block.unread -= read
+            if self._blocks.get(block.key) is not block:
+                self._drop(block)
+                self._give_back_room()
+            elif block.unread <= 0 and not self._keeps and not block.users:
+                self._drop(block)
+                file, number = block.key
+                self._passed[file][number] = 1
+
+    def _drop(self, block: _Block) -> None:
+        """Forget a block; its room is given back when nobody uses it any more."""
+        if self._blocks.get(block.key) is block:
+            del self._blocks[block.key]
+        self._in_memory.pop(block, None)
+        self._on_disk.pop(block, None)
+        if block.users or not (block.ready or block.failed):
+            self._orphans.add(block)
+            return
+        self._orphans.discard(block)
+        data, block.data = block.data, None
+        slot, block.slot = block.slot, None
+        if slot is not None:
+            self._free.append(slot)
+        if data is not None:
+            self.give_back(data)
+
+    def done(self, block: _Block, data: memoryview) -> None:
+        """A block was fetched."""
+        with self._lock:
+            block.data, block.ready = data, True
+            if self._blocks.get(block.key) is block:
+                self._in_memory[block] = None
+            else:  # the file was forgotten meanwhile
+                self._drop(block)
+                self._give_back_room()
+            if block.users:
+                self._changed.notify_all()
+
+    def give_back(self, data: memoryview) -> None:
+        """A buffer is free again."""
+        with self._lock:
+            if self._made > self._most or not self._files:
+                self._made -= 1
+            else:
+                self._spare.append(data)
+
+    def buffer(self) -> memoryview:
+        """Memory for a block: fresh, or that of the block that was used least recently."""
+        while True:
+            with self._lock:
+                if self._spare:
+                    return self._spare.pop()
+                victim = next((block for block in list(self._in_memory) if not block.users), None)
+                if self._made < self._most or victim is None:
+                    self._made += 1
+                    break
+                data = victim.data
+                assert data is not None
+                slot = self._slot() if victim.slot is None else None
+                if slot is None:  # it is on disk already, or has to be fetched again
+                    victim.data = None
+                    self._in_memory.pop(victim, None)
+                    if victim.slot is None:
+                        self._drop(victim)
+                    return data
+                victim.users += 1
+            kept = self._disk.store(slot, data)
+            with self._lock:
+                if kept and self._blocks.get(victim.key) is victim:
+                    victim.slot = slot
+                    self._on_disk[victim] = None
+                else:
+                    self._free.append(slot)
+            self._release(victim, 0)
+        return memoryview(bytearray(self._block))
+
+    def _slot(self) -> int | None:
+        """Room on disk; None if all is in use, or there is no disk."""
+        if self._disk.broken:
+            return None
+        if not self._free and self._slots_made < self.slots:
+            self._slots_made += 1
+            return self._slots_made - 1
+        if not self._free:
+            victim = next((block for block in list(self._on_disk) if not block.users), None)
+            if victim is None:
+                return None
+            if victim.data is None:
+                self._drop(victim)
+            else:
+                self._on_disk.pop(victim)
+                slot, victim.slot = victim.slot, None
+                return slot
+        return self._free.pop()
+
+    def _give_back_room(self) -> None:
+        """Without files and users, nothing is kept."""
+        if not self._files:
+            self._made -= len(self._spare)
+            self._spare.clear()
+            if not self._orphans:
+                self._free.clear()
+                self._slots_made = 0
+                self._disk.close()
+
     def _look_ahead(self, file: Fetched, first: int, following: int) -> None:
-        """After a read of the chunks `first` to `following`, have those fetched that come next.
+        """After a read of the blocks `first` to `following`, have those fetched that come next.
 
         They are as many as were read in a row before. Nothing is done while half of them are there already, so
         that a few large ranges are fetched rather than many small ones.
         """
         with self._lock:
-            window = min(self._streak(file, first), -(-file.size // self._chunk) - following)
-            wanted = self._lacking(file, following, following + window)
-            if sum(chunks.bit_count() for _, chunks in wanted) * 2 >= window:
-                self._ask(file, wanted)
-
-    def _lacking(self, file: Fetched, first: int, last: int) -> list[tuple[int, int]]:
-        """The numbers of blocks, and which of the chunks from `first` up to `last` are missing in each."""
-        lacking = []
-        for number in range(first // self._per_block, -(-last // self._per_block)):
-            base = number * self._per_block
-            chunks = (1 << min(last - base, self._per_block)) - (1 << max(first - base, 0))
-            block = self._blocks.get((file, number))
-            if block is not None:
-                chunks &= ~(block.filled | block.pending)
-            if chunks:
-                lacking.append((number, chunks))
-        return lacking
-
-    def _ask(self, file: Fetched, wanted: list[tuple[int, int]]) -> None:
-        """Have chunks fetched in the background."""
-        if self._broken or file not in self._files:
-            return
-        for number, chunks in wanted:
-            self._read_ahead.submit(file, (number, chunks), functools.partial(self._prefetch, file, number, chunks))
-
-    def _streak(self, file: Fetched, chunk: int) -> int:
-        """How many chunks before that one are held, without a gap; what is read at random has none before it."""
-        count = 0
-        while count < self._ahead and chunk > count:
-            number, index = divmod(chunk - count - 1, self._per_block)
-            block = self._blocks.get((file, number))
-            if block is None or not block.filled >> index & 1:
-                break
-            count += 1
-        return count
-
-    def _prefetch(self, file: Fetched, number: int, chunks: int) -> None:
-        with self._use(file, number) as block:
-            if block is None:
+            if file not in self._files:
                 return
+            most = min(self._ahead, -(-file.size // self._block) - following)
+            if most <= 0 or self._is_known(file, following + most // 2):
+                return
+            window = min(self._streak(file, first, following), most)
+            lacking = sum(not self._is_known(file, number) for number in range(following, following + window))
+            if lacking * 2 >= window:
+                self._ask(file, following, following + window)
+
+    def _is_known(self, file: Fetched, number: int) -> bool:
+        """Whether a block is there, on its way, or was read before."""
+        return (file, number) in self._blocks or self._passed[file][number] == 1
+
+    def _streak(self, file: Fetched, first: int, following: int) -> int:
+        """How many blocks up to `following` were read in a row; none if the one before `first` is not known."""
+        count = 0
+        while count < self._ahead and first > count and self._is_known(file, first - count - 1):
+            count += 1
+        return count and count + following - first
+
+    def _ask(self, file: Fetched, first: int, last: int) -> None:
+        """Have blocks fetched in the background."""
+        with self._lock:
+            if file not in self._files:
+                return
+            while first < last:
+                if self._is_known(file, first):
+                    first += 1
+                    continue
+                until = min(first + self._longest, last)
+                task = functools.partial(self._prefetch, file, first, until)
+                self._read_ahead.submit(file, (first, until), task)
+                first = until
+
+    def _prefetch(self, file: Fetched, first: int, last: int) -> None:
+        while first < last:
             with self._lock:
-                mine = chunks & ~(block.filled | block.pending)
-                block.pending |= mine
-            if mine:
-                self._fill(file, number, block, mine)
-
-    @contextlib.contextmanager
-    def _use(self, file: Fetched, number: int) -> Iterator[_Block | None]:
-        """A block that keeps its slot meanwhile; None if all slots are in use, or there is no disk."""
-        block = self._acquire((file, number))
-        try:
-            yield block
-        finally:
-            if block is not None:
-                with self._lock:
-                    block.users -= 1
-                    if not block.users and self._blocks.get((file, number)) is not block:
-                        self._orphans -= 1
-                        self._free.append(block.slot)
-                        self._drop_unused_storage()
-
-    def _acquire(self, key: tuple[Fetched, int]) -> _Block | None:
-        with self._lock:
-            block = self._blocks.get(key)
-            if block is None:
-                if self._broken or key[0] not in self._files or not self._has_storage():
-                    return None
-                slot = self._slot()
-                if slot is None:
-                    return None
-                block = self._blocks[key] = _Block(slot)
-            self._blocks.move_to_end(key)
-            block.users += 1
-            return block
-
-    def _slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        if self._made < self.slots:
-            self._made += 1
-            return self._made - 1
-        for key, block in self._blocks.items():
-            if not block.users:
-                del self._blocks[key]
-                return block.slot
-        return None
-
-    def _mask(self, start: int, stop: int) -> int:
-        """The chunks of a block that a range of bytes in it touches."""
-        return (1 << -(-stop // self._chunk)) - (1 << start // self._chunk)
-
-    def _has_storage(self) -> bool:
-        if self._file is None:
-            try:
-                self._file = tempfile.TemporaryFile(prefix="sd-mecha-", dir=cache_folder(), buffering=0)  # noqa: SIM115
-            except OSError as error:
-                self._give_up(error)
-        return self._file is not None
-
-    def _drop_unused_storage(self) -> None:
-        if self._files or self._orphans:
-            return
-        self._free.clear()
-        self._made = 0
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._broken = False
-
-    def store(self, position: int, data: memoryview) -> None:
-        """Write into the temporary file; where that fails, the cache is not used any more."""
-        file = self._file
-        if self._broken or file is None:
-            return
-        try:
-            while data:
-                if capabilities.pwrite:
-                    count = os.pwrite(file.fileno(), data, position)
-                else:
-                    with self._io_lock:
-                        file.seek(position)
-                        count = file.write(data)
-                position += count
-                data = data[count:]
-        except (OSError, ValueError) as error:
-            self._give_up(error)
-
-    def _load(self, position: int, view: memoryview) -> bool:
-        file = self._file
-        assert file is not None
-        try:
-            while view:
-                if capabilities.preadv:
-                    count = os.preadv(file.fileno(), [view], position)
-                else:
-                    with self._io_lock:
-                        file.seek(position)
-                        count = file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    return False
-                position += count
-                view = view[count:]
-        except (OSError, ValueError) as error:
-            self._give_up(error)
-            return False
-        return True
-
-    def _give_up(self, error: Exception) -> None:
-        with self._lock:
-            if not self._broken:
-                _logger.warning("no room on disk for reading remote files ahead (%s); they are read directly", error)
-            self._broken = True
-            self._changed.notify_all()
+                if file not in self._files:
+                    return
+                # what was read meanwhile is not needed once more
+                mine = [] if self._is_known(file, first) else self._claim(file, first, last)
+            self._fill(file, mine)
+            first += max(len(mine), 1)
 
 
-class _Storing:
-    """A sink that writes to consecutive positions of the temporary file."""
+class _Filling(LendingSink):
+    """A sink that fills one block after another."""
 
-    def __init__(self, cache: BlockCache, position: int) -> None:
+    def __init__(self, cache: BlockCache, blocks: list[_Block]) -> None:
         self._cache = cache
-        self._position = position
+        self._blocks = blocks[::-1]
+        self._buffer: memoryview | None = None
+        self._filled = 0
 
-    def __call__(self, data: memoryview) -> None:
-        self._cache.store(self._position, data)
-        self._position += len(data)
+    def room(self) -> memoryview:
+        if self._buffer is None:
+            self._buffer = self._cache.buffer()
+        return self._buffer[self._filled : self._blocks[-1].length]
 
+    def took(self, count: int) -> None:
+        self._filled += count
+        if self._buffer is not None and self._filled == self._blocks[-1].length:
+            self._cache.done(self._blocks.pop(), self._buffer)
+            self._buffer, self._filled = None, 0
 
-def _read_directly(file: Fetched, offset: int, view: memoryview) -> None:
-    position = 0
-
-    def sink(data: memoryview) -> None:
-        nonlocal position
-        view[position : position + len(data)] = data
-        position += len(data)
-
-    file.fetch(offset, offset + len(view), sink)
-
-
-def _runs(bits: int) -> Iterator[tuple[int, int]]:
-    """First and one past the last index of every run of ones."""
-    first = 0
-    while bits:
-        zeros = (bits & -bits).bit_length() - 1
-        first, bits = first + zeros, bits >> zeros
-        ones = (~bits & (bits + 1)).bit_length() - 1
-        yield first, first + ones
-        first, bits = first + ones, bits >> ones
-
-
-def cache_folder() -> str | None:
-    """Where the temporary file goes: what TMPDIR and its like say, else a place that is rarely kept in memory."""
-    chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return "/var/tmp" if not chosen and os.access("/var/tmp", os.W_OK) else None
+    def close(self) -> None:
+        """Give back what was not needed."""
+        if self._buffer is not None:
+            self._cache.give_back(self._buffer)
+            self._buffer = None
 
 
 CACHE = BlockCache()

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from sd_mecha.errors import ChangedInputError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.contract import flat_bytes
-from sd_mecha.storage.remote.block_cache import CACHE, BlockCache, Sink
+from sd_mecha.storage.remote.block_cache import CACHE, BlockCache
 from sd_mecha.storage.remote.places import Found, InterruptedFetch, Place
+from sd_mecha.storage.remote.sinks import CountingSink, Sink
 
 T = TypeVar("T")
 
@@ -75,20 +76,15 @@ class _Content:
 
     def fetch(self, start: int, stop: int, sink: Sink) -> None:
         """Hand all bytes of a range to the sink; after an interruption, the missing ones are asked for."""
-        done = start
-
-        def counting(data: memoryview) -> None:
-            nonlocal done
-            sink(data)
-            done += len(data)
+        counting = CountingSink(sink)
 
         def attempt() -> None:
-            if done < stop:
-                self.place.fetch(self.found, done, stop, counting)
-            if done < stop:
-                raise InterruptedFetch(f"got {done - start} of {stop - start} bytes")
+            if start + counting.done < stop:
+                self.place.fetch(self.found, start + counting.done, stop, counting)
+            if start + counting.done < stop:
+                raise InterruptedFetch(f"got {counting.done} of {stop - start} bytes")
 
-        PATIENCE.run(attempt, lambda: f"{self.place.name}: cannot be read at byte {done}")
+        PATIENCE.run(attempt, lambda: f"{self.place.name}: cannot be read at byte {start + counting.done}")
 
 
 class RemoteFile:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
-from sd_mecha.storage.remote.block_cache import Sink
 from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
+from sd_mecha.storage.remote.sinks import Sink
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "hf": "hf"}
 _PASSWORD = re.compile(r"^([^:/]+://)[^/@]*:[^/@]*@")

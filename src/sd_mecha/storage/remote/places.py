@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sd_mecha.errors import ChangedInputError
-from sd_mecha.storage.remote.block_cache import Sink
+from sd_mecha.storage.remote.sinks import Sink
 
 HEAD = 32 * 2**10
 """Bytes that come along when a place is asked what stands there; smaller files need no second question."""

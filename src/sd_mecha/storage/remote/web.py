@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.remote import addresses
-from sd_mecha.storage.remote.block_cache import Sink
 from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
+from sd_mecha.storage.remote.sinks import CountingSink, LendingSink, Sink
 from sd_mecha.storage.remote.web_client import WebClient
 
 WHOLE = 2**20
@@ -152,13 +152,12 @@ class WebPlace:
     def _receive(self, answer: http.client.HTTPResponse, length: int, sink: Sink) -> None:
         """Hand on the body, which must have that length."""
         done = 0
-        buffer = memoryview(bytearray(min(PIECE, length)))
+        target = sink if isinstance(sink, LendingSink) else CountingSink(sink, min(PIECE, length))
         while done < length:
-            piece = buffer[: length - done]
-            count = answer.readinto(piece)
+            count = answer.readinto(target.room()[: min(PIECE, length - done)])
             if not count:
                 raise InterruptedFetch(f"the connection ended after {done} of {length} bytes")
-            sink(piece[:count])
+            target.took(count)
             done += count
 
 
