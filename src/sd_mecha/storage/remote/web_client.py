@@ -46,6 +46,7 @@ class WebClient:
         self._keep = keep
         self._idle: list[tuple[_Origin, http.client.HTTPConnection, float]] = []
         self._moved: dict[str, str] = {}  # where redirects of an address led
+        self._proxies: dict[_Origin, SplitResult | None] = {}
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -121,7 +122,9 @@ class WebClient:
         target = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*[]") + (
             "?" + quote(parts.query, safe="/%:=&~+!$,;'@()*[]?") if parts.query else ""
         )
-        proxy = _proxy(origin)
+        if origin not in self._proxies:  # to look it up takes as long as all the rest
+            self._proxies[origin] = _proxy(origin)
+        proxy = self._proxies[origin]
         own = {"Accept-Encoding": "identity", "User-Agent": "sd-mecha", **headers}
         if proxy is not None and origin.scheme == "http":
             target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
@@ -133,6 +136,7 @@ class WebClient:
                 connection = _connect(origin, proxy)
             try:
                 connection.request("GET", target, headers=own)
+                _acknowledge_at_once(connection)
                 return origin, connection, connection.getresponse()
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
@@ -203,6 +207,18 @@ def _connect(origin: _Origin, proxy: SplitResult | None) -> http.client.HTTPConn
     if proxy is not None:
         connection.set_tunnel(origin.host, origin.port, _login(proxy, "Proxy-Authorization"))
     return connection
+
+
+def _acknowledge_at_once(connection: http.client.HTTPConnection) -> None:
+    """Have the system acknowledge the answer without delay.
+
+    Servers that write head and body of an answer separately may hold the end of the body back until what came before
+    is acknowledged, which systems like to put off for 40 ms. The option holds for a while only, hence for one answer.
+    """
+    option = getattr(socket, "TCP_QUICKACK", None)
+    if option is not None and connection.sock is not None:
+        with contextlib.suppress(OSError):
+            connection.sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def _is_failure(error: BaseException) -> bool:
