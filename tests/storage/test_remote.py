@@ -330,6 +330,22 @@ def test_wrong_addresses(site):
             locate(address).open()
     with pytest.raises(MechaError, match="cannot be read as an address"):
         locate("nonsense://x/y")
+    for address in ("http://[foo/x", "http://a..b/x"):
+        with pytest.raises(MechaError):
+            locate(address).open()
+    site.redirects["/bad"] = "http://[bad/x"
+    with pytest.raises(ModelAccessError, match="no address"):
+        locate(site.url("/bad")).open()
+
+
+def test_a_redirect_that_leads_elsewhere_is_a_change(site):
+    site.files |= {"/old": b"a" * 100, "/new": b"b" * 100}
+    site.redirects["/r"] = "/old"
+    file = locate(site.url("/r")).open()
+    file.check_unchanged()
+    site.redirects["/r"] = "/new"
+    with pytest.raises(ChangedInputError):
+        file.check_unchanged()
 
 
 def test_a_proxy_is_asked_when_the_environment_names_one(site, monkeypatch):

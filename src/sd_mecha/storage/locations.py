@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from sd_mecha.errors import FileFormatError, ModelNotFoundError
+from sd_mecha.errors import FileFormatError, MechaError, ModelNotFoundError
 from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.files import RangeFile
 from sd_mecha.storage.foreign import HEAD_SIZE
@@ -147,6 +147,13 @@ def locate(path: str | os.PathLike[str]) -> Location:
     """
     if not is_address(path):
         return LocalLocation(path)
-    from sd_mecha.storage.remote.location import RemoteLocation  # it needs a library that is an extra
+    from sd_mecha.storage.remote.addresses import shown_path  # it needs a library that is an extra
+    from sd_mecha.storage.remote.location import RemoteLocation
 
-    return RemoteLocation(os.fspath(path))
+    try:
+        return RemoteLocation(os.fspath(path))
+    except ValueError as error:
+        if isinstance(error, MechaError):
+            raise
+        shown = shown_path(os.fspath(path))
+        raise ModelNotFoundError(f"model {shown!r} is no address that can be read: {error}; check it") from error

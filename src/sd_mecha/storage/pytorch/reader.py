@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.contract import ByteSource
@@ -148,16 +148,14 @@ def _open_legacy(file: ByteSource) -> TorchContent:
     (_, version, system, value, keys), at = _read_pickles(file, names)
     if version != _LEGACY_VERSION:
         _fail(file, f"its version is {brief(version)}; expected {_LEGACY_VERSION}")
-    little = system.get("little_endian", True) if type(system) is dict else None
-    if type(little) is not bool or type(keys) is not list:
+    if type(system) is not dict or type(keys) is not list:
         _fail(file, "what follows its magic number is not what torch.save writes")
-    order: Literal["little", "big"] = "little" if little else "big"
     places: dict[str, Place] = {}
     for key in keys:
         storage = names.storages.get(key) if type(key) is str else None
         if storage is None or key in places:
             _fail(file, f"it lists a storage {brief(key)} that no tensor has, or lists it twice")
-        places[key] = Place(_sized(file, storage, at, order), at)
+        places[key] = Place(_sized(file, storage, at), at)
         at += 8 + storage.nbytes
     if at != file.size:
         problem = "the file is truncated, fetch it again" if at > file.size else "something else follows"
@@ -168,7 +166,7 @@ def _open_legacy(file: ByteSource) -> TorchContent:
             raise ValueError(f"its storage {brief(storage.key)} of {storage.nbytes} bytes is not in the file")
         return places[storage.key]
 
-    return TorchContent(value, find, not little)
+    return TorchContent(value, find, False)  # these were written little-endian on every machine
 
 
 def _read_pickles(file: ByteSource, names: TorchNames) -> tuple[list[Any], int]:
@@ -193,10 +191,10 @@ def _read_pickles(file: ByteSource, names: TorchNames) -> tuple[list[Any], int]:
             return values, at
 
 
-def _sized(file: ByteSource, storage: Storage, at: int, order: Literal["little", "big"]) -> Callable[[], int]:
+def _sized(file: ByteSource, storage: Storage, at: int) -> Callable[[], int]:
     def locate() -> int:
         raw = file.read(at, 8)
-        if int.from_bytes(raw, order) != storage.numel:
+        if int.from_bytes(raw, "little") != storage.numel:
             _fail(file, f"storage {brief(storage.key)} at byte {at} has another size there than in the pickle")
         return at + 8
 

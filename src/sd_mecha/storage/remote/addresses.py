@@ -24,8 +24,18 @@ def shown(address: str) -> str:
 
         >>> shown("https://me:pw@host/a%20b.bin?download=true&X-Amz-Signature=abc#part")
         'https://host/a%20b.bin?download=true'
+        >>> shown("simplecache::memory://me:pw@host/x")
+        'simplecache::memory://host/x'
     """
-    parts = urlsplit(address)
+    return "::".join(map(_shown, address.split("::")))  # one address may be read through another
+
+
+def _shown(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # it is none, but may hold a password all the same
+        scheme, found, rest = address.partition("://")
+        return scheme + found + rest.partition("?")[0].rpartition("@")[2]
     fields = [field for field in parts.query.split("&") if not _SECRET.search(unquote(field.partition("=")[0]))]
     return _joined(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="&".join(fields), fragment=""))
 

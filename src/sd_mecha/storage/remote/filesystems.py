@@ -7,18 +7,17 @@ for ranges by path.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
+from sd_mecha.storage.remote.addresses import shown
 from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
 from sd_mecha.storage.remote.sinks import Sink
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "hf": "hf"}
-_PASSWORD = re.compile(r"^([^:/]+://)[^/@]*:[^/@]*@")
 _MARKS = (
     *("ETag", "etag", "VersionId", "version_id", "generation", "md5", "content_md5", "sha256", "blob_id"),
     *("LastModified", "last_modified", "modified", "mtime", "created", "ino"),
@@ -44,7 +43,7 @@ class FilesystemPlace:
         self._files: list[Any] = []
         self._keep = 0
         self._lock = threading.RLock()
-        self.name = _PASSWORD.sub(r"\1", address)
+        self.name = shown(address)
 
     @property
     def basename(self) -> str:
@@ -167,7 +166,7 @@ def _marks(details: Mapping[str, Any]) -> dict[str, str]:
 
 def _resolve(address: str) -> tuple[Any, str]:
     """The file system that an address belongs to, and what the place is called there."""
-    name, scheme = _PASSWORD.sub(r"\1", address), address.partition("://")[0].lower()
+    name, scheme = shown(address), address.partition("://")[0].lower()
     extra = _EXTRAS.get(scheme, "remote")
     try:
         from fsspec.core import url_to_fs
@@ -181,5 +180,6 @@ def _resolve(address: str) -> tuple[Any, str]:
             f"{name}: reading {scheme}:// addresses needs a library that is not installed: {how}"
         ) from error
     except Exception as error:  # every file system checks its addresses in its own way
-        raise MechaError(f"{name}: cannot be read as an address: {error}; check it") from error
+        said = str(error).replace(address, name)
+        raise MechaError(f"{name}: cannot be read as an address: {said}; check it") from error
     return system, str(path)

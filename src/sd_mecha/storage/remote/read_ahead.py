@@ -33,7 +33,10 @@ class ReadAhead:
             self._waiting.append((owner, what, task))
             if self._running < self._workers:
                 self._running += 1
-                threading.Thread(target=self._work, name="sd-mecha read-ahead", daemon=True).start()
+                try:
+                    threading.Thread(target=self._work, name="sd-mecha read-ahead", daemon=True).start()
+                except RuntimeError:  # no more threads: what was wanted is fetched when it is needed
+                    self._running -= 1
 
     def forget(self, owner: object) -> None:
         """Drop what waits for an owner."""

@@ -29,7 +29,7 @@ PIECE = 256 * 2**10
 """Bytes that are received at a time."""
 
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})$")
 
 
 class WebPlace:
@@ -49,6 +49,7 @@ class WebPlace:
         return addresses.last_name(self._address)
 
     def find(self) -> Found:
+        self._client.forget_redirect(self._address)  # it may lead elsewhere by now
         with self._client.get(self._address, {"Range": f"bytes=0-{HEAD - 1}"}) as answer:
             if answer.status == 200:
                 return self._without_ranges(answer)

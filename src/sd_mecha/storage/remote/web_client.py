@@ -16,7 +16,7 @@ from functools import cache
 from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
-from sd_mecha.errors import ModelAccessError
+from sd_mecha.errors import MechaError, ModelAccessError
 from sd_mecha.storage.remote import addresses
 from sd_mecha.storage.remote.places import InterruptedFetch
 
@@ -85,11 +85,27 @@ class WebClient:
         for _, connection, _ in idle:
             connection.close()
 
+    def forget_redirect(self, address: str) -> None:
+        """Ask that address itself next time, not where it led."""
+        self._moved.pop(address, None)
+
     def __del__(self) -> None:
         if not sys.is_finalizing():
             self.close()
 
     def _follow(
+        self, address: str, headers: Mapping[str, str]
+    ) -> tuple[_Origin, http.client.HTTPConnection, http.client.HTTPResponse]:
+        try:
+            return self._followed(address, headers)
+        except ValueError as error:
+            if isinstance(error, MechaError):
+                raise
+            raise ModelAccessError(
+                f"{addresses.shown(address)}: it, or what it leads to, is no address: {error}; check it"
+            ) from error
+
+    def _followed(
         self, address: str, headers: Mapping[str, str]
     ) -> tuple[_Origin, http.client.HTTPConnection, http.client.HTTPResponse]:
         first = urlsplit(address)
