@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.buffers import byte_view
+from sd_mecha.storage.buffers import byte_view, fill
 from sd_mecha.storage.contract import Reader, TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.strict_json import brief, parse_object
 from sd_mecha.storage.views import ReaderView
@@ -36,7 +36,6 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _SCALE_8, _ORDER_8 = "SCB", "weight_format"
 _OF_127 = 7.874015718698502e-3  # what the library multiplies by; 1/127 is another float32
 _MAX_STATE = 1 << 16
-_PIECE = 1 << 16  # values that are worked out at once
 _MAX_ELEMENTS = 2**63 - 1
 
 Values = Callable[[Reader, int, int], Tensor]
@@ -68,13 +67,7 @@ class DequantisedReader(ReaderView):
         entry, values = self._matrices[name]
         target = flat_bytes(buffer)
         check_range(name, start, len(target), entry.nbytes)
-        size = entry.dtype.itemsize
-        end = start + len(target)
-        for first in range(start // size, -(-end // size), _PIECE):
-            last = min(first + _PIECE, -(-end // size))
-            found = byte_view(values(self._reader, first, last))
-            begin, stop = max(start, first * size), min(end, last * size)
-            target[begin - start : stop - start] = found[begin - first * size : stop - first * size]
+        fill(target, start, entry.dtype.itemsize, lambda first, last: values(self._reader, first, last))
         return None
 
 

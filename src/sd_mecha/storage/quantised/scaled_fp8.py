@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.buffers import byte_view
+from sd_mecha.storage.buffers import byte_view, fill
 from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
 from sd_mecha.storage.views import ReaderView
@@ -56,11 +56,14 @@ class ScaledReader(ReaderView):
             return self._reader.read_into(name, start, buffer)
         target = flat_bytes(buffer)
         check_range(name, start, len(target), self.entries[name].nbytes)
-        first, last = start // 4, -(-(start + len(target)) // 4)
-        values = torch.empty(last - first, dtype=self._reader.entries[name].dtype)
-        self._reader.read_into(name, first, byte_view(values))
-        found = values.to(torch.float32) * self._factors(name, first, last)
-        target[:] = byte_view(found)[start - 4 * first : start - 4 * first + len(target)]
+        dtype = self._reader.entries[name].dtype
+
+        def made(first: int, last: int) -> Tensor:
+            values = torch.empty(last - first, dtype=dtype)
+            self._reader.read_into(name, first, byte_view(values))
+            return values.to(torch.float32) * self._factors(name, first, last)
+
+        fill(target, start, 4, made)
         return None
 
     def _factors(self, name: str, first: int, last: int) -> Tensor:
