@@ -25,7 +25,7 @@ from sd_mecha.progress import NoProgress, RichProgress
 from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import telling, unfinished
-from sd_mecha.storage.contract import Writer
+from sd_mecha.storage.contract import Writer, check_unchanged
 from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
 
@@ -245,7 +245,7 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
         runner = Runner(planned, writers, run_options(options), telling(writers, progress.finished))
         runner.run(unfinished(planned.programs, writers, progress.finished))
         for reader in planned.readers:
-            getattr(reader, "check_unchanged", lambda: None)()
+            check_unchanged(reader)
         planned.close()  # before publishing: an input may be what is replaced
         for writer in writers:
             writer.commit()

@@ -19,6 +19,7 @@ from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import dtype_name
 from sd_mecha.storage.memory import MemoryWriter
 from sd_mecha.storage.quantised.scaled_fp8 import MARKER, ScaledWriter, find_scales
+from sd_mecha.units import such_as
 
 _CHUNK = 1 << 20
 _SHOWN = 3
@@ -65,10 +66,10 @@ def compare_with_recipe(
     problems += sink.differences()
     notes = []
     if lost := [key for key in present if key in sink.dropped]:
-        problems.append(f"the recipe cannot make {counted(lost)} any more, {_such_as(lost)}")
+        problems.append(f"the recipe cannot make {counted(lost)} any more, {such_as(lost)}")
     if made := [key for key in probed if key not in sink.dropped]:
         least = "" if len(probed) == len(absent) else "at least "
-        problems.append(f"it lacks {least}{counted(made)} that the recipe makes, {_such_as(made)}")
+        problems.append(f"it lacks {least}{counted(made)} that the recipe makes, {such_as(made)}")
     elif len(probed) < len(absent):
         notes.append(f"it lacks {counted(absent)} of the recipe; {len(probed)} of them cannot be made")
     return len(present), problems, notes
@@ -114,7 +115,7 @@ class _Comparison(MemoryWriter):
         if len(unlike) > _SHOWN:
             lines.append(f"... and {len(unlike) - _SHOWN} more are of another shape or dtype")
         if extra := [name for name in stored if name not in self.entries]:
-            lines.append(f"it has {counted(extra)} that the recipe does not make, {_such_as(extra)}")
+            lines.append(f"it has {counted(extra)} that the recipe does not make, {such_as(extra)}")
         return lines
 
     def finished(self, name: str) -> None:
@@ -179,7 +180,3 @@ def counted(names: Collection[str]) -> str:
 
 def _shown(entry: TensorEntry) -> str:
     return f"{dtype_name(entry.dtype)} of shape {entry.shape}"
-
-
-def _such_as(names: Sequence[str]) -> str:
-    return "such as " + ", ".join(map(repr, names[:_SHOWN]))

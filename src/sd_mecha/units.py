@@ -1,8 +1,9 @@
-"""How sizes and durations are read from people and written for them."""
+"""How sizes, durations and lists of names are read from people and written for them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -55,3 +56,12 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s"
+
+
+def such_as(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, for a message about all of them.
+
+    >>> such_as(["a", "b", "c", "d"])
+    "such as 'a', 'b', 'c'"
+    """
+    return "such as " + ", ".join(map(repr, names[:most]))

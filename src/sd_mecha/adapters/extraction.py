@@ -25,12 +25,12 @@ from sd_mecha.merging import plan, stream
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.dtypes import parse_dtype
+from sd_mecha.units import such_as
 
 _logger = logging.getLogger("sd_mecha")
 
 _CALLER = "extract_adapter"
 _WEIGHT, _BIAS = ".weight", ".bias"
-_SHOWN = 3
 
 
 def extract_adapter(
@@ -126,9 +126,9 @@ def extract_adapter(
         raise AdapterError(_nothing(left, diffs))
     if left:
         _logger.warning(
-            "%d tensors that differ have no place in the adapter, such as %s%s",
+            "%d tensors that differ have no place in the adapter, %s%s",
             len(left),
-            ", ".join(map(repr, left[:_SHOWN])),
+            such_as(left),
             "" if diffs or not names.diffs else "; diffs=True stores those of biases and norms",
         )
     return made.finished(style, output, kind=kind)

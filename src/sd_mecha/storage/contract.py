@@ -116,6 +116,15 @@ class Writer(Protocol):
         """Remove every trace of this writer. Harmless after commit or a second time."""
 
 
+def check_unchanged(reader: Reader) -> None:
+    """Refuse a model that was changed since it was opened, where its reader can tell.
+
+    Raises:
+        ChangedInputError: it was.
+    """
+    getattr(reader, "check_unchanged", lambda: None)()
+
+
 def flat_bytes(buffer: memoryview) -> memoryview:
     """The same memory as a one-dimensional view of bytes, whatever shape and format the caller's view has."""
     view = memoryview(buffer)

@@ -13,6 +13,7 @@ from sd_mecha.errors import OutputError, ShapeError
 from sd_mecha.storage.contract import TensorEntry
 from sd_mecha.storage.dtypes import dtype_name, is_integral
 from sd_mecha.storage.memory import MemoryWriter
+from sd_mecha.units import such_as
 
 _SHOWN = 3
 _logger = logging.getLogger("sd_mecha")
@@ -130,9 +131,9 @@ class ModuleWriter:
         missing = [names[0] for names in spellings.values() if not any(name in entries for name in names)]
         parts = []
         if unknown:
-            parts.append(f"the module lacks {len(unknown)} keys of the result, {_such_as(unknown)}")
+            parts.append(f"the module lacks {len(unknown)} keys of the result, {such_as(unknown)}")
         if missing:
-            parts.append(f"the result lacks {len(missing)} keys of the module, {_such_as(missing)}")
+            parts.append(f"the result lacks {len(missing)} keys of the module, {such_as(missing)}")
         if parts:
             raise OutputError(
                 f"output {self.name}: {'; '.join(parts)}; merge models that have its keys, "
@@ -227,7 +228,3 @@ def _loses(result: torch.dtype, target: torch.dtype) -> bool:
         return False
     have, room = torch.iinfo(result), torch.iinfo(target)
     return have.min < room.min or have.max > room.max
-
-
-def _such_as(names: list[str]) -> str:
-    return "such as " + ", ".join(map(repr, names[:_SHOWN]))

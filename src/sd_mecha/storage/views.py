@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sd_mecha.storage.contract import Reader, TensorEntry
+from sd_mecha.storage.contract import Reader, TensorEntry, check_unchanged
 
 
 class ReaderView:
@@ -36,7 +36,7 @@ class ReaderView:
 
     def check_unchanged(self) -> None:
         """Refuse a file that was changed since it was opened, where the reader can tell."""
-        getattr(self._reader, "check_unchanged", lambda: None)()
+        check_unchanged(self._reader)
 
 
 class RenamedReader(ReaderView):

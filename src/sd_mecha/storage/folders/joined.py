@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from sd_mecha.storage.contract import ByteSource, Reader, TensorEntry
+from sd_mecha.storage.contract import ByteSource, Reader, TensorEntry, check_unchanged
 
 
 class JoinedReader:
@@ -56,7 +56,7 @@ class JoinedReader:
         if self._index is not None:
             self._index.check_unchanged()
         for reader in self._readers:
-            getattr(reader, "check_unchanged", lambda: None)()
+            check_unchanged(reader)
 
     def close(self) -> None:
         """Close all readers."""
