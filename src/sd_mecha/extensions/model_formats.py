@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from sd_mecha.errors import ModelNotFoundError, UnknownFormatError
+from sd_mecha.errors import ModelNotFoundError, UnknownFormatError, UnknownNameError
 from sd_mecha.extensions.legacy_formats import MappingReader, MappingWriter
 from sd_mecha.extensions.model_dirs import AnyPath
 from sd_mecha.extensions.output_requests import OutputRequest
@@ -148,7 +148,10 @@ def resolve(identifier: str) -> ModelFormat:
     Raises:
         UnknownNameError: there is none.
     """
-    return _registry.resolve(identifier)
+    try:
+        return _registry.resolve(identifier)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}; there are {', '.join(_registry)}") from None
 
 
 def get_all() -> list[ModelFormat]:

@@ -44,8 +44,8 @@ class OutputRequest:
         """
         for name, value in self.given():
             if name in names:
-                shown = "" if name in ("resume", "checksums") else f"={str(getattr(value, 'name', value))!r}"
+                shown = "" if name in ("resume", "checksums") else f"={getattr(value, 'name', value)!r}"
                 raise OptionError(
                     f"{name}{shown}: the format {identifier!r} of output {str(path)!r} has nothing of that kind; "
-                    "leave it out or choose another format"
+                    "leave it out, or choose another format or a name without an ending, which is a folder"
                 )
