@@ -63,10 +63,10 @@ def make(*files: Slow, slots: int = 40, memory: int = 3, ahead: int = 0, per_fil
     return cache
 
 
-def settle() -> None:
+def settle(queue: ReadAhead) -> None:
     """Wait until nothing is fetched in the background."""
     deadline = time.monotonic() + 10
-    while any("read-ahead" in thread.name for thread in threading.enumerate()):
+    while queue.busy:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -84,7 +84,7 @@ def test_any_range_reads_back(ahead, memory, slots):
         offset = chance.randrange(file.size)
         length = chance.randrange(min(2_500, file.size - offset) + 1)
         assert read(cache, file, offset, length) == file.content[offset : offset + length]
-    settle()
+    settle(cache.read_ahead)
     cache.forget(a)
     cache.forget(b)
 
@@ -126,7 +126,7 @@ def test_what_is_read_once_as_a_whole_never_touches_the_disk(monkeypatch):
     cache = make(file, memory=30, ahead=1_000)
     for offset in range(0, 10_000, 40):
         assert read(cache, file, offset, 40) == CONTENT[offset : offset + 40]
-    settle()
+    settle(cache.read_ahead)
     assert file.total == 10_000
     assert stored == []
     assert read(cache, file, 500, 5_000) == CONTENT[500:5_500], "it is fetched once more"
@@ -189,7 +189,7 @@ def test_a_second_pass_is_read_ahead_too():
     for _ in range(2):
         for offset in range(0, 10_000, 100):
             assert read(cache, file, offset, 100) == CONTENT[offset : offset + 100]
-            settle()
+            settle(cache.read_ahead)
         counts.append(len(file.fetched))
     assert file.total == 20_000
     assert counts[1] < 2 * counts[0] + 3
@@ -279,17 +279,17 @@ def test_reading_in_a_row_is_seen_and_reading_at_random_is_not():
     cache = make(file, ahead=4_000, slots=200)
     for offset in (5_000, 200, 9_000, 3_000):
         read(cache, file, offset, 100)
-    settle()
+    settle(cache.read_ahead)
     assert file.total == 400
     for offset in range(3_100, 4_000, 100):
         read(cache, file, offset, 100)
-        settle()
+        settle(cache.read_ahead)
     assert file.total > 400 + 900, "something was fetched ahead"
     assert file.total <= 400 + 2 * 1_000 + 100, "but no more than was read in a row"
     file.fetched.clear()
     for offset in range(4_000, 10_000, 100):
         assert read(cache, file, offset, 100) == CONTENT[offset : offset + 100]
-        settle()
+        settle(cache.read_ahead)
     assert len(file.fetched) < 20, "large ranges are fetched, not chunk by chunk"
     assert file.total <= 6_000
     cache.forget(file)
@@ -307,7 +307,7 @@ def test_the_blocks_of_a_long_range_are_fetched_side_by_side():
     assert sorted(file.fetched) == [(0, 1_000), (1_000, 2_000), (2_000, 3_000), (3_000, 4_000)]
     file.go.set()
     thread.join()
-    settle()
+    settle(cache.read_ahead)
     cache.forget(file)
 
 
@@ -377,8 +377,24 @@ def test_read_ahead_drops_what_is_too_much_and_what_fails():
     queue.submit(other, 5, lambda: done.append(5))
     queue.forget(other)
     go.set()
-    settle()
+    settle(queue)
     assert done in ([3, 4], [2, 3, 4])
     reference = weakref.ref(owner)
     del owner
     assert reference() is None, "nothing holds on to files"
+
+
+def test_threads_stay_until_they_are_dismissed():
+    queue = ReadAhead(2)
+    seen: list[threading.Thread] = []
+    for number in range(2):
+        queue.submit(seen, number, lambda: seen.append(threading.current_thread()))
+        settle(queue)
+    assert seen[0] is seen[1], "the thread that had nothing to do is used again"
+    queue.dismiss()
+    seen[0].join(10)
+    assert not seen[0].is_alive()
+    queue.submit(seen, 2, lambda: seen.append(threading.current_thread()))
+    settle(queue)
+    assert len(seen) == 3
+    queue.dismiss()

@@ -89,7 +89,7 @@ class BlockCache:
         # Re-entrant: a file may be garbage-collected, hence forgotten, while this thread holds the lock.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._read_ahead = ReadAhead(workers)
+        self.read_ahead = ReadAhead(workers)
 
     @property
     def slots(self) -> int:
@@ -108,7 +108,7 @@ class BlockCache:
         with self._lock:
             self._files.discard(file)
             self._keeps = sum(each.size for each in self._files) <= self._limit
-            self._read_ahead.forget(file)
+            self.read_ahead.forget(file)
             self._passed.pop(file, None)
             for key in [key for key in self._blocks if key[0] is file]:
                 self._drop(self._blocks[key])
@@ -308,6 +308,7 @@ class BlockCache:
     def _give_back_room(self) -> None:
         """Without files and users, nothing is kept."""
         if not self._files:
+            self.read_ahead.dismiss()
             self._made -= len(self._spare)
             self._spare.clear()
             if not self._orphans:
@@ -329,8 +330,8 @@ class BlockCache:
                 return
             window = min(self._streak(file, first, following), most)
             lacking = sum(not self._is_known(file, number) for number in range(following, following + window))
-            if lacking * 2 >= window:
-                self._ask(file, following, following + window)
+        if lacking * 2 >= window:
+            self._ask(file, following, following + window)
 
     def _is_known(self, file: Fetched, number: int) -> bool:
         """Whether a block is there, on its way, or was read before."""
@@ -345,6 +346,7 @@ class BlockCache:
 
     def _ask(self, file: Fetched, first: int, last: int) -> None:
         """Have blocks fetched in the background."""
+        wanted = []
         with self._lock:
             if file not in self._files:
                 return
@@ -352,10 +354,10 @@ class BlockCache:
                 if self._is_known(file, first):
                     first += 1
                     continue
-                until = min(first + self._longest, last)
-                task = functools.partial(self._prefetch, file, first, until)
-                self._read_ahead.submit(file, (first, until), task)
-                first = until
+                wanted.append((first, min(first + self._longest, last)))
+                first += self._longest
+        for first, until in wanted:
+            self.read_ahead.submit(file, (first, until), functools.partial(self._prefetch, file, first, until))
 
     def _prefetch(self, file: Fetched, first: int, last: int) -> None:
         while first < last:
