@@ -319,19 +319,23 @@ class BlockCache:
     def _look_ahead(self, file: Fetched, first: int, following: int) -> None:
         """After a read of the blocks `first` to `following`, have those fetched that come next.
 
-        They are as many as were read in a row before. Nothing is done while half of them are there already, so
-        that a few large ranges are fetched rather than many small ones.
+        They are as many as were read in a row before. While the next ones are there already, nothing is done until
+        half of them lack, and a rest that would be a small range is left to the next time: so that a few large ranges
+        are fetched rather than many small ones.
         """
         with self._lock:
             if file not in self._files:
                 return
             most = min(self._ahead, -(-file.size // self._block) - following)
-            if most <= 0 or self._is_known(file, following + most // 2):
+            if most <= 0 or (self._is_known(file, following) and self._is_known(file, following + most // 2)):
                 return
-            window = min(self._streak(file, first, following), most)
-            lacking = sum(not self._is_known(file, number) for number in range(following, following + window))
-        if lacking * 2 >= window:
-            self._ask(file, following, following + window)
+            last = following + min(self._streak(file, first, following), most)
+            start = next((number for number in range(following, last) if not self._is_known(file, number)), last)
+        if start > following and (last - start) * 2 < last - following:
+            return
+        if last - start > self._longest:
+            last -= (last - start) % self._longest
+        self._ask(file, start, last)
 
     def _is_known(self, file: Fetched, number: int) -> bool:
         """Whether a block is there, on its way, or was read before."""
