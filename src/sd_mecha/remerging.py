@@ -17,11 +17,14 @@ from sd_mecha.resuming import telling
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import dtype_name
+from sd_mecha.storage.folders.joined import copied_tensors
+from sd_mecha.storage.gguf.reader import GgufReader
+from sd_mecha.storage.gguf.remade import StoredForms
 from sd_mecha.storage.memory import MemoryWriter
 from sd_mecha.storage.quantised.scaled_fp8 import MARKER, ScaledWriter, find_scales
 from sd_mecha.units import such_as
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # elements; a multiple of every block
 _SHOWN = 3
 
 
@@ -31,7 +34,7 @@ def compare_with_recipe(
     """Merge some tensors of a recipe again and compare their bits with those of a file.
 
     Names, shapes and dtypes of all tensors are compared as well. Where the options leave it open, the output dtype is
-    that of the file, and scaled fp8 if the file is so.
+    that of the file, and scaled fp8 if the file is so. Results take the form that a GGUF file stores them in.
 
     Args:
         reader: the file.
@@ -46,7 +49,7 @@ def compare_with_recipe(
     Raises:
         MechaError: the recipe cannot be planned or merged.
     """
-    checked = MergeOptions().given({**_of_the_file(reader.entries), **options})
+    checked = MergeOptions().given({**_of_the_file(reader), **options})
     given = {**options, "output_dtype": checked.output_dtype}
     with plan(recipe, **given) as planned:
         sink = _Comparison(reader)
@@ -55,7 +58,9 @@ def compare_with_recipe(
         problems = sink.compare_headers()
         keys = list(planned.outputs[0])
         chosen = random.Random(seed)
-        present = _sample(chosen, [k for k in keys if k in reader.entries and k not in sink.unlike], sample)
+        alike = [key for key in keys if key in reader.entries and key not in sink.unlike]
+        foreign = {key: kind for key in alike if (kind := sink.forms.foreign(key))}
+        present = _sample(chosen, [key for key in alike if key not in foreign], sample)
         absent = [k for k in keys if k not in reader.entries]
         probed = _sample(chosen, absent, sample)
         wanted = {*present, *probed}
@@ -65,6 +70,9 @@ def compare_with_recipe(
         Runner(planned, [writer], run_options(checked), done).run(programs)
     problems += sink.differences()
     notes = []
+    if foreign:
+        kinds = ", ".join(sorted(set(foreign.values())))
+        notes.append(f"{counted(foreign)} in {kinds}, which other programs write, cannot be compared with the recipe")
     if lost := [key for key in present if key in sink.dropped]:
         problems.append(f"the recipe cannot make {counted(lost)} any more, {such_as(lost)}")
     if made := [key for key in probed if key not in sink.dropped]:
@@ -80,6 +88,7 @@ class _Comparison(MemoryWriter):
 
     Attributes:
         entries: what the recipe makes.
+        forms: what becomes of it in the file.
         unlike: names whose shape or dtype is another in the file.
         wanted: names to compare.
     """
@@ -87,6 +96,7 @@ class _Comparison(MemoryWriter):
     def __init__(self, reader: Reader) -> None:
         super().__init__({})
         self._reader = reader
+        self.forms = StoredForms(reader)
         self._lines: dict[str, str] = {}
         self._guard = threading.Lock()
         self.entries: dict[str, TensorEntry] = {}
@@ -106,7 +116,8 @@ class _Comparison(MemoryWriter):
     def compare_headers(self) -> list[str]:
         """What shapes, dtypes and names differ in, in a few lines; names that only the recipe has do not count yet."""
         stored = self._reader.entries
-        unlike = {name: entry for name, entry in self.entries.items() if name in stored and stored[name] != entry}
+        made = {name: self.forms.entry(name, entry) for name, entry in self.entries.items()}
+        unlike = {name: entry for name, entry in made.items() if name in stored and stored[name] != entry}
         self.unlike = set(unlike)
         lines = [
             f"tensor {name!r} is {_shown(stored[name])}; the recipe makes {_shown(entry)}"
@@ -114,7 +125,8 @@ class _Comparison(MemoryWriter):
         ]
         if len(unlike) > _SHOWN:
             lines.append(f"... and {len(unlike) - _SHOWN} more are of another shape or dtype")
-        if extra := [name for name in stored if name not in self.entries]:
+        copied = copied_tensors(self._reader)
+        if extra := [name for name in stored if name not in self.entries and name not in copied]:
             lines.append(f"it has {counted(extra)} that the recipe does not make, {such_as(extra)}")
         return lines
 
@@ -135,17 +147,17 @@ class _Comparison(MemoryWriter):
         return [self._lines[name] for name in self.entries if name in self._lines]
 
     def _compare(self, name: str, made: torch.Tensor) -> str:
-        flat = made.reshape(-1).view(torch.uint8) if made.numel() else torch.empty(0, dtype=torch.uint8)
-        buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.uint8)
-        size = made.itemsize
+        flat = made.reshape(-1)
+        size = self._reader.entries[name].dtype.itemsize
+        buffer = torch.empty(min(_CHUNK, made.numel()) * size, dtype=torch.uint8)
         count, first = 0, -1
-        for start in range(0, flat.numel(), _CHUNK):
-            part = buffer[: flat.numel() - start]
-            self._reader.read_into(name, start, byte_view(part))
-            ours = flat[start : start + len(part)]
+        for start in range(0, made.numel(), _CHUNK):
+            ours = self.forms.values(name, flat[start : start + _CHUNK]).view(torch.uint8)
+            part = buffer[: len(ours)]
+            self._reader.read_into(name, start * size, byte_view(part))
             if not torch.equal(part, ours):
                 unequal = (part != ours).view(-1, size).any(dim=1)
-                first = start // size + int(unequal.int().argmax()) if first < 0 else first
+                first = start + int(unequal.int().argmax()) if first < 0 else first
                 count += int(unequal.sum())
         if not count:
             return ""
@@ -153,13 +165,16 @@ class _Comparison(MemoryWriter):
         return f"tensor {name!r} is not what the recipe makes: it differs in {where}"
 
 
-def _of_the_file(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
-    """Output options that a file with those tensors was written with, as far as it tells."""
+def _of_the_file(reader: Reader) -> dict[str, Any]:
+    """Output options that a file was written with, as far as it tells."""
+    copied = copied_tensors(reader)
+    entries = {name: entry for name, entry in reader.entries.items() if name not in copied}
     scales = find_scales(entries, "") if any(name.rpartition(".")[2] == MARKER for name in entries) else {}
     scaled = {*scales, *scales.values()}
     plain = (e for name, e in entries.items() if name not in scaled and name.rpartition(".")[2] != MARKER)
-    dtypes = {entry.dtype for entry in plain if entry.dtype.is_floating_point}
-    found: dict[str, Any] = {"output_dtype": dtypes.pop() if len(dtypes) == 1 else None}
+    dtypes = reader.written_dtypes if isinstance(reader, GgufReader) else set()
+    dtypes = dtypes or {entry.dtype for entry in plain if entry.dtype.is_floating_point}
+    found: dict[str, Any] = {"output_dtype": next(iter(dtypes)) if len(dtypes) == 1 else None}
     if scales:
         found["scaled_fp8"] = True
     return found

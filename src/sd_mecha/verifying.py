@@ -24,8 +24,9 @@ from sd_mecha.remerging import compare_with_recipe, counted
 from sd_mecha.serialization import deserialize, deserialize_path
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import FLOAT4, is_integral
+from sd_mecha.storage.folders.joined import copied_tensors, lost_components
 from sd_mecha.storage.locations import is_address
-from sd_mecha.units import format_size
+from sd_mecha.units import format_size, such_as
 
 EMBEDDED = "embedded"
 """What `against` takes for the recipe in the metadata of the file."""
@@ -136,6 +137,7 @@ def verify(
     try:
         report.tensors = len(reader.entries)
         report.nbytes = sum(entry.nbytes for entry in reader.entries.values())
+        _check_components(reader, report)
         checksums = _checksums(reader, report)
         _check_tensors(reader, checksums.output, report, workers, allow_non_finite)
         if inputs:
@@ -145,6 +147,17 @@ def verify(
     finally:
         reader.close()
     return report
+
+
+def _check_components(reader: Reader, report: Report) -> None:
+    if lost := lost_components(reader):
+        count = f"{len(lost)} component{'s' * (len(lost) != 1)}"
+        report.problems.append(f"it has no weights of {count} that a merge made, {such_as(lost)}")
+    if copied := copied_tensors(reader):
+        parts = dict.fromkeys(name.partition(".")[0] for name in reader.entries if name in copied)
+        report.notes.append(
+            f"copied, so that no checksum or recipe tells of it: {', '.join(parts)} ({counted(copied)})"
+        )
 
 
 def _checksums(reader: Reader, report: Report) -> Checksums:
@@ -157,8 +170,9 @@ def _checksums(reader: Reader, report: Report) -> Checksums:
     except FileFormatError as error:
         report.problems.append(_line(error))
         return Checksums()
+    copied = copied_tensors(reader)
     for told, missing, where in (
-        (reader.entries, found.output, "it has no checksum of"),
+        ([name for name in reader.entries if name not in copied], found.output, "it has no checksum of"),
         (found.output, reader.entries, "it lacks, but has a checksum of,"),
     ):
         if names := [name for name in told if name not in missing]:

@@ -120,6 +120,19 @@ def test_one_way_formats_say_so(tmp_path: Path) -> None:
         Plain().writer(tmp_path)
 
 
+def test_a_writer_without_requests_is_that_of_nothing_asked_for(tmp_path: Path) -> None:
+    asked = []
+
+    class Asking(Plain):
+        def writer_for(self, path: Path, request: model_formats.OutputRequest) -> Any:
+            asked.append((path, list(request.given())))
+            return "a writer"
+
+    found: Any = Asking().writer(tmp_path)
+    assert found == "a writer"
+    assert asked == [(tmp_path, [])]
+
+
 class Legacy(ModelFormat):
     """As written for sd-mecha 1."""
 

@@ -132,6 +132,64 @@ def test_components_that_are_not_made_are_copied_only_on_request(two: tuple[Path
     assert unet["down_blocks.1.a.weight"].tolist() == [5.0] * 4
 
 
+@pytest.fixture
+def partly_copied(two: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A pipeline whose UNet, listed first, was copied from the output of an earlier merge."""
+    averaged(*two, output=f"{tmp_path}/earlier/", checksums=True, output_dtype="float32")
+    shutil.rmtree(two[1] / "unet")
+    averaged(*two, output=f"{tmp_path}/out/", side_files=tmp_path / "earlier", checksums=True)
+    return tmp_path / "out"
+
+
+def test_a_pipeline_with_copied_components_carries_the_recipe_of_the_others(partly_copied: Path) -> None:
+    report = sd_mecha.verify(partly_copied, against="embedded", sample=None)
+    assert report.ok, report
+    assert report.compared == 1
+    assert "the checksums of 1 tensor agree" in report.notes
+    assert "copied, so that no checksum or recipe tells of it: unet (4 tensors)" in report.notes
+    changed = partly_copied / "text_encoder" / "model.safetensors"
+    raw = changed.read_bytes()
+    changed.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    problems = sd_mecha.verify(partly_copied, against="embedded", sample=None).problems
+    assert ["'text_encoder.text_model.weight' is not what" in problem for problem in problems] == [True, True]
+
+
+def test_what_an_earlier_merge_made_is_not_said_of_the_next(partly_copied: Path, tmp_path: Path) -> None:
+    averaged(partly_copied, output=f"{tmp_path}/next/", checksums=True)
+    first, second = ((folder / "model_index.json").read_text() for folder in (partly_copied, tmp_path / "next"))
+    assert second == first.replace('"text_encoder"\n', '"text_encoder unet"\n')
+    assert list(json.loads(second).items())[:-1] == list(INDEX.items())
+    report = sd_mecha.verify(tmp_path / "next", against="embedded", sample=None)
+    assert report.ok, report
+    assert report.compared == 5
+
+
+@pytest.mark.parametrize(("shard_size", "ending"), [(None, ""), (20, ".index.json")])
+def test_a_merged_component_without_weights_is_found(
+    two: tuple[Path, Path], tmp_path: Path, shard_size: int | None, ending: str
+) -> None:
+    averaged(*two, output=f"{tmp_path}/out/", shard_size=shard_size)
+    assert sd_mecha.verify(tmp_path / "out", against="embedded").ok
+    (tmp_path / "out" / "unet" / f"diffusion_pytorch_model.safetensors{ending}").unlink()
+    report = sd_mecha.verify(tmp_path / "out")
+    assert report.problems == ["it has no weights of 1 component that a merge made, such as 'unet'"]
+    assert report.tensors == 1  # the others are checked nevertheless
+
+
+def test_the_configuration_of_a_copied_component_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
+    text = '{"torch_dtype": "float32", "tie_word_embeddings": false, "quantization_config": {"bits": 8}}'
+    (two[0] / "text_encoder" / "config.json").write_text(text)
+    save_file({"lm_head.weight": torch.ones(4)}, two[0] / "text_encoder" / "model.safetensors")
+    shutil.rmtree(two[1] / "text_encoder")
+    averaged(*two, output=f"{tmp_path}/out/", side_files=two[0])
+    assert (tmp_path / "out" / "text_encoder" / "config.json").read_text() == text
+
+
+def test_private_entries_of_the_listing_are_no_components(tmp_path: Path) -> None:
+    private = {"_class_name": ["pipeline", "TinyPipeline"], "_sd_mecha_made": 3}
+    assert averaged(pipeline(tmp_path / "a", 0.0, **private), output_dtype=None)
+
+
 def test_keys_of_a_component_that_the_reference_lacks_are_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     extra = tmp_path / "extra.safetensors"
     save_file({"unet.w": torch.ones(1), "vae.w": torch.ones(1)}, extra)
@@ -206,6 +264,34 @@ def test_stable_diffusion_loads_from_the_result(tmp_path: Path, monkeypatch: pyt
         warnings.simplefilter("ignore")
         alone = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
     assert all(torch.equal(tensor, alone[key]) for key, tensor in out.unet.state_dict().items())
+
+
+@pytest.mark.slow
+def test_stable_diffusion_loads_with_a_copied_component(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = offline(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers")
+        for seed, name in enumerate(("a", "b")):
+            stable_diffusion(transformers, diffusers, seed, tmp_path).save_pretrained(tmp_path / name)
+        averaged(tmp_path / "a", tmp_path / "b", output=f"{tmp_path}/earlier/", output_dtype="float32")
+        for copied in ("unet", "vae"):
+            shutil.rmtree(tmp_path / "b" / copied)
+        averaged(tmp_path / "a", tmp_path / "b", output=f"{tmp_path}/out/", side_files=tmp_path / "earlier")
+        monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
+        a, earlier, out = (diffusers.DiffusionPipeline.from_pretrained(tmp_path / n) for n in ("a", "earlier", "out"))
+        out.save_pretrained(tmp_path / "again")
+    assert "mecha_made" not in caplog.text
+    assert "mecha_made" not in (tmp_path / "again" / "model_index.json").read_text()
+    assert type(out) is type(a)
+    for name in ("unet", "vae"):
+        expected = getattr(earlier, name).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in getattr(out, name).state_dict().items())
+    report = sd_mecha.verify(tmp_path / "out", against="embedded", sample=None)
+    assert report.ok, report
+    assert report.compared == len([key for key in averaged(tmp_path / "out") if key.startswith("text_encoder.")])
 
 
 def stable_diffusion(transformers: Any, diffusers: Any, seed: int, folder: Path) -> Any:

@@ -138,6 +138,52 @@ def test_a_recipe_in_a_file_is_read_again(tmp_path: Path) -> None:
     assert "0.safetensors" not in recipe
 
 
+@pytest.mark.parametrize("output_format", ["gguf", "gguf-q8_0"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", None])
+def test_an_output_verifies_against_its_recipe(tmp_path: Path, output_format: str, dtype: str | None) -> None:
+    models = []
+    for seed in (0, 1):
+        tensors = _tensors(seed)
+        tensors |= {"half.weight": tensors["b.weight"].half(), "steps": torch.arange(3)}
+        tensors["large.weight"] = torch.randn(600, 512, generator=torch.Generator().manual_seed(seed))
+        save_file(tensors, tmp_path / f"{seed}.safetensors")
+        models.append(sd_mecha.model(tmp_path / f"{seed}.safetensors"))
+    out = tmp_path / "out.gguf"
+    sd_mecha.merge(sd_mecha.n_average(*models), output=out, output_dtype=dtype, output_format=output_format)
+    report = sd_mecha.verify(out, against="embedded", sample=None)
+    assert report.ok, report
+    assert report.compared == 7
+    place = {tensor.name: tensor.data_offset + tensor.n_bytes for tensor in gguf.GGUFReader(out).tensors}
+    raw = bytearray(out.read_bytes())
+    raw[place["large.weight"] - 1] ^= 1
+    out.write_bytes(raw)
+    (problem,) = sd_mecha.verify(out, against="embedded", sample=None).problems
+    assert problem.startswith("tensor 'large.weight' is not what the recipe makes: it differs in 1 of 307200 elements")
+    assert problem.endswith("first element 307199")
+    other = sd_mecha.weighted_sum(*models, alpha=0.4)
+    assert len(sd_mecha.verify(out, against=other, sample=None).problems) == 6  # all but the whole numbers
+
+
+def test_what_another_program_has_quantised_is_not_compared(tmp_path: Path) -> None:
+    tensors = _tensors(0) | {"a.bias": torch.ones(64)}
+    save_file(tensors, tmp_path / "0.safetensors")
+    kinds = {"a.weight": "Q4_0", "b.weight": "Q8_0"}
+    out = write_gguf(tmp_path / "out.gguf", tensors, kinds, keys={"mecha.dtypes": "float32"})
+    report = sd_mecha.verify(out, against=sd_mecha.model(tmp_path / "0.safetensors"), sample=None)
+    assert report.ok, report
+    assert report.compared == 3
+    assert "1 tensor in Q4_0, which other programs write, cannot be compared with the recipe" in report.notes
+
+
+@pytest.mark.parametrize("told", ["nothing", "", "bfloat16 float32"])
+def test_a_file_that_tells_nonsense_of_its_dtypes_is_read(tmp_path: Path, told: str) -> None:
+    out = write_gguf(tmp_path / "out.gguf", _tensors(0), keys={"mecha.dtypes": told})
+    assert sd_mecha.verify(out, against=sd_mecha.model(out), sample=None).ok
+    sd_mecha.merge(sd_mecha.model(out), output=tmp_path / "out.safetensors")
+    with sd_mecha.plan(sd_mecha.model(tmp_path / "out.safetensors")) as planned:
+        assert "mecha.dtypes" not in planned.metadata()
+
+
 def test_one_part_of_several_is_refused(tmp_path: Path) -> None:
     keys = {"split.count": 3, "split.no": 0, "split.tensors.count": 9}
     write_gguf(tmp_path / "a-00001-of-00003.gguf", {"w": torch.ones(2)}, keys=keys)

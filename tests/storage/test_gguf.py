@@ -296,6 +296,7 @@ def test_keys_of_another_file_go_along(tmp_path: Path) -> None:
         "general.file_type": 99,
         "split.count": 1,
         "mecha.recipe": "old",
+        "mecha.dtypes": "float64",
         "title": "their title",
     }
     source = RangeFile(write_gguf(tmp_path / "other.gguf", {"w": _noise(3)}, arch="llama", keys=keys))
@@ -309,6 +310,7 @@ def test_keys_of_another_file_go_along(tmp_path: Path) -> None:
         "general.name": "theirs",
         "title": "their title",
         "mecha.recipe": "version 0.1.0",
+        "mecha.dtypes": "bfloat16 float16 float32",
         "general.file_type": 0,
     }
 

@@ -12,7 +12,6 @@ import click
 from sd_mecha.cli.failures import FAILED, reported
 from sd_mecha.cli.options import add_models_dirs, engine_arguments, read_recipe, remerge_options
 
-EMBEDDED = "embedded"
 ALL = "all"
 
 
@@ -29,7 +28,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str) -> int | None:
 @click.option(
     "--against",
     metavar="RECIPE.mecha",
-    help=f"Merge some tensors of this recipe again and compare bits; {EMBEDDED!r} is the recipe in FILE itself.",
+    help="Merge some tensors of this recipe again and compare bits; 'embedded' is the recipe in FILE itself.",
 )
 @click.option(
     "--sample",
@@ -66,10 +65,11 @@ def verify(
     with reported(debug):
         add_models_dirs(models_dirs)
         arguments = engine_arguments(**flags)
-        recipe: Any = against if against in (None, EMBEDDED) else read_recipe(Path(str(against)))
 
         import sd_mecha
+        from sd_mecha.verifying import EMBEDDED
 
+        recipe: Any = against if against in (None, EMBEDDED) else read_recipe(Path(str(against)))
         reports = []
         for file in files:
             report = sd_mecha.verify(

@@ -34,7 +34,7 @@ __all__ = [
 
 
 class ModelFormat(ABC):
-    """Base of formats. A subclass overrides `matches`, and `reader`, `writer` or both.
+    """Base of formats. A subclass overrides `matches`, and `reader`, `writer` (or `writer_for`) or both.
 
     A format written for sd-mecha 1 overrides `get_read_dict` and `get_write_dict` instead; the defaults of
     `reader` and `writer` adapt these.
@@ -74,10 +74,12 @@ class ModelFormat(ABC):
         return self.writer(path)
 
     def writer(self, path: Path) -> Writer:
-        """Create the writer of an output path."""
-        if type(self).get_write_dict is ModelFormat.get_write_dict:
-            raise self._one_way(path, "write", "reading")
-        return MappingWriter(lambda config, recipe: self.get_write_dict(path, config, recipe, 2**28))
+        """Create the writer of an output path; the default asks `writer_for`, where that is overridden."""
+        if type(self).get_write_dict is not ModelFormat.get_write_dict:
+            return MappingWriter(lambda config, recipe: self.get_write_dict(path, config, recipe, 2**28))
+        if type(self).writer_for is not ModelFormat.writer_for:
+            return self.writer_for(path, OutputRequest())
+        raise self._one_way(path, "write", "reading")
 
     def get_read_dict(self, path: Path, buffer_size: int) -> Any:
         """Return a mapping of key -> tensor (sd-mecha 1)."""

@@ -11,7 +11,15 @@ from sd_mecha.errors import OptionError, OutputError
 from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, register_model_format
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.folders.joined import close_all, join_components
-from sd_mecha.storage.folders.pipelines import PIPELINE, component_weights, components, is_pipeline, pipeline_folder
+from sd_mecha.storage.folders.pipelines import (
+    PIPELINE,
+    component_weights,
+    components,
+    is_pipeline,
+    made_components,
+    pipeline_folder,
+    with_made,
+)
 from sd_mecha.storage.folders.sharded import files_of, stem_of
 from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter, SideFile
 from sd_mecha.storage.folders.side_files import side_files
@@ -35,10 +43,10 @@ class DiffusersFormat(LocationFormat):
         try:
             for name, weights in component_weights(folder).items():
                 readers[name] = open_weights(weights)
+            return join_components(folder.name, readers, made_components(folder))
         except BaseException:
             close_all(readers.values())
             raise
-        return join_components(folder.name, readers)
 
     def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
         folder = reference(request, PIPELINE)
@@ -51,9 +59,6 @@ class DiffusersFormat(LocationFormat):
         parts = [Part(stem_of(place), name, f"{name}.") for name, place in weights.items()]
         along = _Along(str(path), folder, weights, complete=request.side_files is not None)
         return ShardedWriter(path, parts, request.shard_size, along, request.resume)
-
-    def writer(self, path: Path) -> ShardedWriter:
-        return self.writer_for(path, OutputRequest())
 
 
 class _Along:
@@ -84,9 +89,12 @@ class _Along:
                 f"{self._folder.name!r} has; side_files={self._folder.name!r} copies from there what is not made"
             )
         for name, place in side_files(self._folder, deep=False):
-            yield name, place.open
+            yield name, with_made(self._folder, made) if name == PIPELINE else place.open
         for name, place in components(self._folder).items():
-            yield from files_along(place, made.get(name, {}), f"{name}/")
+            if name in made:
+                yield from files_along(place, made[name], f"{name}/")
+            else:  # its configuration fits what is copied with it
+                yield from ((f"{name}/{inside}", file.open) for inside, file in side_files(place))
         for name in absent:
             _logger.info("%s: %s is copied from %s", self._output, name, self._folder.name)
             for file in files_of(self._weights[name]):

@@ -27,9 +27,6 @@ class GgufFormat(LocationFormat):
     def open(self, location: Location) -> GgufReader:
         return GgufReader(location.open())
 
-    def writer(self, path: Path) -> GgufWriter:
-        return self.writer_for(path, OutputRequest())
-
     def writer_for(self, path: Path, request: OutputRequest) -> GgufWriter:
         """The writer; architecture, tokenizer and the like come from the side files, else from the first GGUF input."""
         request.refuse(self.identifier, path, "shard_size", "checksums")

@@ -46,6 +46,3 @@ class HuggingFaceFormat(LocationFormat):
         weights = None if folder is None else find_weights(folder)
         stem = STEMS[0] if weights is None else stem_of(weights)
         return ShardedWriter(path, [Part(stem)], request.shard_size, along, request.resume)
-
-    def writer(self, path: Path) -> ShardedWriter:
-        return self.writer_for(path, OutputRequest())

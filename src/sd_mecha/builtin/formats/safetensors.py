@@ -28,9 +28,6 @@ class SafetensorsFormat(LocationFormat):
     def open(self, location: Location) -> SafetensorsReader:
         return SafetensorsReader(location.open())
 
-    def writer(self, path: Path) -> SafetensorsWriter:
-        return SafetensorsWriter(path)
-
     def writer_for(self, path: Path, request: OutputRequest) -> SafetensorsWriter:
         request.refuse(self.identifier, path, "shard_size", "side_files")
         return SafetensorsWriter(path, resume=request.resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from sd_mecha.storage.contract import ByteSource, Reader, TensorEntry, check_unchanged
 
@@ -18,6 +18,7 @@ class JoinedReader:
         metadata: that of the whole.
         index: the file that says which tensor is where, if there is one; closed with the readers.
         components: the parts that the names here begin with, up to the first dot; none for a model that is one part.
+        made: the components that the merge which wrote it made, where it says so; others were copied.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class JoinedReader:
         metadata: Mapping[str, str],
         index: ByteSource | None = None,
         components: Sequence[str] = (),
+        made: Collection[str] | None = None,
     ) -> None:
         self.name = name
         self.metadata = dict(metadata)
         self.components = tuple(components)
+        self.made = made
         self.entries: Mapping[str, TensorEntry] = {
             here: reader.entries[there] for here, (reader, there) in places.items()
         }
@@ -71,14 +74,26 @@ def close_all(readers: Iterable[Reader]) -> None:
         reader.close()
 
 
-def join_components(name: str, readers: Mapping[str, Reader]) -> JoinedReader:
+def copied_tensors(reader: Reader) -> frozenset[str]:
+    """The tensors of a pipeline that the merge which wrote it did not make, but copied."""
+    made = getattr(reader, "made", None)
+    return frozenset(name for name in reader.entries if made is not None and name.partition(".")[0] not in made)
+
+
+def lost_components(reader: Reader) -> list[str]:
+    """The components of a pipeline that a merge made, and of which there are no weights any more."""
+    components = getattr(reader, "components", ())
+    return sorted(part for part in getattr(reader, "made", None) or () if part not in components)
+
+
+def join_components(name: str, readers: Mapping[str, Reader], made: Collection[str] | None = None) -> JoinedReader:
     """The components of a pipeline as one model, whose names are `COMPONENT.NAME`.
 
     Args:
         name: what messages call the pipeline.
         readers: component -> its tensors.
+        made: the components that the merge which wrote it made: the first has the metadata of the whole. None: any.
     """
     places = {f"{part}.{there}": (reader, there) for part, reader in readers.items() for there in reader.entries}
-    first = next(iter(readers.values()), None)
-    metadata = {} if first is None else first.metadata
-    return JoinedReader(name, places, list(readers.values()), metadata, components=list(readers))
+    metadata = next((reader.metadata for part, reader in readers.items() if made is None or part in made), {})
+    return JoinedReader(name, places, list(readers.values()), metadata, components=list(readers), made=made)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.folders.sharded import find_weights
@@ -12,6 +15,11 @@ from sd_mecha.storage.strict_json import brief, parse_object
 PIPELINE = "model_index.json"
 """What makes a folder a pipeline."""
 
+_MADE = "_sd_mecha_made"
+"""Key of a text: the components that a merge made, as against those that it copied.
+
+diffusers passes over keys that begin with an underscore; but not everywhere where the value is a list.
+"""
 _MAX_PIPELINE = 1 << 20
 _NAME = re.compile(r"[A-Za-z]\w*")
 
@@ -34,12 +42,10 @@ def components(folder: Location) -> dict[str, Location]:
     Raises:
         FileFormatError: `model_index.json` breaks a rule.
     """
-    listing = folder.child(PIPELINE)
-    name = listing.name
-    pipeline = parse_object(listing.read(_MAX_PIPELINE), name)
+    name, pipeline = _listing(folder)
     found = {}
     for component, value in pipeline.items():
-        if not _is_component(value):
+        if component.startswith("_") or not _is_component(value):
             continue
         if not _NAME.fullmatch(component):
             raise FileFormatError(
@@ -70,6 +76,33 @@ def component_weights(folder: Location) -> dict[str, Location]:
             f"{folder.name}: none of its components has weights (looked in {', '.join(parts)}); download them, too"
         )
     return found
+
+
+def made_components(folder: Location) -> frozenset[str] | None:
+    """The components that the merge which wrote a pipeline made; None if it does not say so, as those of others.
+
+    Raises:
+        FileFormatError: `model_index.json` breaks a rule.
+    """
+    _, pipeline = _listing(folder)
+    made = pipeline.get(_MADE)
+    return frozenset(made.split()) if isinstance(made, str) else None
+
+
+def with_made(folder: Location, made: Iterable[str]) -> bytes:
+    """The `model_index.json` of a pipeline for one that is made after it: the same but for what the merge made.
+
+    Raises:
+        FileFormatError: it breaks a rule.
+    """
+    _, pipeline = _listing(folder)
+    return (json.dumps({**pipeline, _MADE: " ".join(sorted(made))}, indent=2) + "\n").encode()
+
+
+def _listing(folder: Location) -> tuple[str, dict[str, Any]]:
+    """What messages call the `model_index.json` of a pipeline, and what is in it."""
+    listing = folder.child(PIPELINE)
+    return listing.name, parse_object(listing.read(_MAX_PIPELINE), listing.name)
 
 
 def _is_component(value: object) -> bool:

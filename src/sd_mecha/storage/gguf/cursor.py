@@ -35,6 +35,8 @@ _KIND = _SCALARS[4]
 
 RECIPE = "mecha.recipe"
 """Key of the recipe that a file was made by."""
+WRITTEN = "mecha.dtypes"
+"""Key of the dtypes, in one text, that the floats of a file had before they took the form in which it stores them."""
 
 
 class Cursor:

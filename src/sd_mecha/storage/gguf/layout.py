@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from sd_mecha.storage.contract import ByteSource
-from sd_mecha.storage.gguf.cursor import ARRAY, RECIPE, STRING
+from sd_mecha.storage.gguf.cursor import ARRAY, RECIPE, STRING, WRITTEN
 from sd_mecha.storage.gguf.header import ALIGNMENT, MAGIC, ORIGINAL_SHAPE, VERSION, read_keys
 from sd_mecha.storage.gguf.kinds import PLAIN, QUANTISED_8, Kind
 from sd_mecha.storage.placed_writer import Layout
@@ -20,7 +20,7 @@ _UINT32, _INT32 = 4, 5
 _MAX_SIZES = 4
 _QUANTISATION = 2  # version of how blocks are laid out
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # what llama.cpp calls files of mostly that kind
-_OWN = ("general.alignment", "general.file_type", "general.quantization_version", RECIPE)
+_OWN = ("general.alignment", "general.file_type", "general.quantization_version", RECIPE, WRITTEN)
 _OWN_STARTS = ("split.", ORIGINAL_SHAPE)
 _OF_TORCH = "format"  # says that tensors are PyTorch's, where that is a question
 
@@ -36,7 +36,10 @@ def taken_over(source: ByteSource) -> dict[str, bytes]:
 
 
 def key_values(
-    others: Mapping[str, bytes], metadata: Mapping[str, str], tensors: Mapping[str, tuple[tuple[int, ...], Kind]]
+    others: Mapping[str, bytes],
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, tuple[tuple[int, ...], Kind]],
+    written: str,
 ) -> list[bytes]:
     """All keys of a file, in the order that they are written in.
 
@@ -44,6 +47,7 @@ def key_values(
         others: those of another file.
         metadata: what the model says of itself; what the other file says goes first.
         tensors: shapes and kinds.
+        written: the dtypes of the floats before they take the form in which they are stored.
 
     Raises:
         UnicodeEncodeError: a text is not valid Unicode.
@@ -53,6 +57,7 @@ def key_values(
         name = RECIPE if key == RECIPE_KEY else key
         if (name == RECIPE or not _is_own(name)) and name != _OF_TORCH:
             pairs.setdefault(name, _pair(name, STRING, _text(text)))
+    pairs[WRITTEN] = _pair(WRITTEN, STRING, _text(written))
     size_of: dict[str, int] = {}
     for shape, kind in tensors.values():
         if kind.name in _FILE_TYPES:

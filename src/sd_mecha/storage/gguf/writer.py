@@ -78,8 +78,9 @@ class GgufWriter(PlacedWriter):
 
     def _lay_out(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], room: int | None) -> Layout:
         tensors = {name: (entry.shape, self._kinds[name]) for name, entry in entries.items()}
+        dtypes = {dtype_name(entry.dtype) for entry in entries.values() if entry.dtype.is_floating_point}
         try:
-            layout = build_layout(key_values(self._keys, metadata, tensors), tensors)
+            layout = build_layout(key_values(self._keys, metadata, tensors, " ".join(sorted(dtypes))), tensors)
         except (UnicodeEncodeError, struct.error) as error:
             self._refuse(f"a name, a text or a shape is nothing that GGUF can hold: {error}")
         if len(layout.header) > MAX_HEADER:
