@@ -135,16 +135,22 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[Site]:
-    """A site on a port of its own, until the end of the `with` statement."""
-    site = Site()
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": site}))
-    site.address = f"http://127.0.0.1:{server.server_address[1]}"
+def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on a port of its own, until the end of the `with` statement."""
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield site
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving() -> Iterator[Site]:
+    """A site, until the end of the `with` statement."""
+    site = Site()
+    with listening(type("Handler", (_Handler,), {"site": site})) as site.address:
+        yield site

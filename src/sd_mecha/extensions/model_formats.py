@@ -19,6 +19,7 @@ from sd_mecha.extensions.registry import Registry
 from sd_mecha.storage.contract import Reader, Writer
 from sd_mecha.storage.foreign import HEAD_SIZE, describe_foreign
 from sd_mecha.storage.locations import LocalLocation, Location
+from sd_mecha.storage.remote.addresses import is_web
 
 __all__ = [
     "LocationFormat",
@@ -202,10 +203,12 @@ def open_model(location: Location, *, without: str = "") -> Reader:
     elif location.is_file():
         look = describe_foreign(location.head) or _UNKNOWN
     else:
-        raise ModelNotFoundError(
-            f"model {location.name!r} does not exist; check the address (of a folder on a web server, name the index "
-            "or the file of the model)"
-        )
+        try:
+            location.open().close()
+        except ModelNotFoundError as error:  # it says what is missing, and whether a login might help
+            hint = " (of a folder on a web server, name the index or the file of the model)"
+            raise ModelNotFoundError(f"{error}{hint if is_web(location.name) else ''}") from error
+        look = _UNKNOWN
     raise UnknownFormatError(f"cannot read {location.name!r}: it is {look}")
 
 

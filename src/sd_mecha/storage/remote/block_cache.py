@@ -1,11 +1,10 @@
 """A read-ahead cache for files that are slow to ask, in memory and on disk.
 
 All remote files share it. A file is divided into blocks, the least that is fetched. A block is fetched into memory.
-When every byte of it was read once, its memory is given to the next block, for a merge reads nearly every
-byte once: most blocks never touch the disk. What is displaced from memory before it was read goes to a
-temporary file. Only when all open files fit into that file together, blocks are kept there after they were read, too.
-Memory and temporary file are of bounded size; both give the room of the block that was used least recently to
-the next one.
+When every byte of it was read once, its memory is given to the next block, for a merge reads nearly every byte once:
+most blocks never touch the disk. What is displaced from memory before it was read goes to a temporary file. Only when
+all open files fit into that file together, blocks are kept there after they were read, too. Memory and temporary file
+are of bounded size; both give the room of the block that was used least recently to the next one.
 
 Where blocks are read one after another, those that come next are fetched in the background: as many as were
 read in a row so far, up to a limit. What is fetched in vain is therefore at most as much as what was needed.
@@ -319,9 +318,8 @@ class BlockCache:
     def _look_ahead(self, file: Fetched, first: int, following: int) -> None:
         """After a read of the blocks `first` to `following`, have those fetched that come next.
 
-        They are as many as were read in a row before. While the next ones are there already, nothing is done until
-        half of them lack, and a rest that would be a small range is left to the next time: so that a few large ranges
-        are fetched rather than many small ones.
+        They are as many as were read in a row before. So that a few large ranges are fetched rather than many small
+        ones, nothing is done before half of them lack, and a small rest is left to the next time.
         """
         with self._lock:
             if file not in self._files:
@@ -331,11 +329,9 @@ class BlockCache:
                 return
             last = following + min(self._streak(file, first, following), most)
             start = next((number for number in range(following, last) if not self._is_known(file, number)), last)
-        if start > following and (last - start) * 2 < last - following:
-            return
-        if last - start > self._longest:
-            last -= (last - start) % self._longest
-        self._ask(file, start, last)
+        count = last - start
+        if start == following or count * 2 >= last - following:
+            self._ask(file, start, start + (count if count < self._longest else count - count % self._longest))
 
     def _is_known(self, file: Fetched, number: int) -> bool:
         """Whether a block is there, on its way, or was read before."""

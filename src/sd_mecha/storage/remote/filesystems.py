@@ -7,6 +7,7 @@ for ranges by path.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,10 @@ _MARKS = (
     *("LastModified", "last_modified", "modified", "mtime", "created", "ino"),
 )
 """What file systems call that which tells a content from another."""
+
+_HUB_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+_CREDENTIALS = "set them as the library behind it expects"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
 class FilesystemPlace:
@@ -49,6 +54,10 @@ class FilesystemPlace:
     def basename(self) -> str:
         return self._address.rstrip("/").rpartition("/")[2]
 
+    @property
+    def _is_hub(self) -> bool:
+        return self._address[:5].lower() == "hf://"
+
     def find(self) -> Found:
         try:
             self._system.invalidate_cache(self._path)
@@ -70,18 +79,25 @@ class FilesystemPlace:
             data = self._read(found, start, stop)
         except Exception as error:
             self._fail(error, fetching=True)
-        sink(memoryview(data)[: stop - start])
+        if len(data) > stop - start:  # and may start anywhere
+            raise ModelAccessError(
+                f"{self.name}: {len(data)} bytes came where {stop - start} were asked for: the server, or a proxy "
+                "before it, sends whole files only; download the file and name the copy"
+            )
+        sink(memoryview(data))
         if len(data) < stop - start:
             raise InterruptedFetch(f"got {len(data)} of {stop - start} bytes")
 
     def is_folder(self) -> bool:
         try:
+            self._system.invalidate_cache(self._path)
             return bool(self._system.isdir(self._path))
         except Exception as error:
             self._fail(error, fetching=False)
 
     def children(self) -> list[str]:
         try:
+            self._system.invalidate_cache(self._path)
             names = self._system.ls(self._path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -138,30 +154,43 @@ class FilesystemPlace:
         """Tell errors that another try may mend from those that it will not."""
         if isinstance(error, MechaError):
             raise error
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        said, status = _said(error), _status(error)
         if isinstance(error, IsADirectoryError):
             raise ModelNotFoundError(f"model {self.name!r} is a folder; name a model file in it") from error
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
             if fetching:
                 raise ChangedInputError(f"{self.name}: vanished while it was in use: {said}") from error
-            login = (
-                "; if it is private, log in with `hf auth login` or set HF_TOKEN" if self.name[:5] == "hf://" else ""
-            )
+            login = f"; if it is private, {_HUB_LOGIN}" if self._is_hub else ""
             raise ModelNotFoundError(f"model {self.name!r} was not found ({said}); check the address{login}") from error
-        if type(error).__name__ == "FileExpired":  # s3fs: the object has another ETag than when it was opened
+        # s3fs says FileExpired where the object has another ETag than when it was opened.
+        if type(error).__name__ == "FileExpired" or (fetching and status == 416):
             raise ChangedInputError(f"{self.name}: changed while it was in use ({said}); merge again") from error
-        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__ or status in (401, 403):
+            step = f"accept its terms on the hub if it has any, and {_HUB_LOGIN}" if self._is_hub else _CREDENTIALS
             raise ModelAccessError(
-                f"{self.name}: may not be read: it wants a login or other credentials ({said}); "
-                "set them as the library behind it expects"
+                f"{self.name}: may not be read: it wants a login or other credentials ({said}); {step}"
             ) from error
         if isinstance(error, ValueError | TypeError | NotImplementedError | ImportError):
             raise ModelAccessError(f"{self.name}: cannot be read: {said}; check the address") from error
+        if type(error).__name__ == "OfflineModeIsEnabled":  # huggingface_hub: the user wants nothing to be asked
+            raise ModelAccessError(f"{self.name}: cannot be read: {said}") from error
         raise InterruptedFetch(said) from error
 
 
 def _marks(details: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(details[name]) for name in _MARKS if details.get(name) is not None}
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line; the addresses in it are often signed."""
+    words = _ADDRESS.sub(lambda found: shown(found[0]), " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _status(error: Exception) -> int | None:
+    """What the server answered, where the library tells."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _resolve(address: str) -> tuple[Any, str]:

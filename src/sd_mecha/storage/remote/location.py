@@ -44,7 +44,7 @@ class RemoteLocation(Location):
             return False
 
     def is_folder(self) -> bool:
-        return PATIENCE.run(self._place.is_folder, self._unreachable)
+        return self._is_folder
 
     def children(self) -> list[str]:
         return PATIENCE.run(self._place.children, self._unreachable)
@@ -62,6 +62,10 @@ class RemoteLocation(Location):
     @cached_property
     def _found(self) -> Found:
         return find(self._place)
+
+    @cached_property
+    def _is_folder(self) -> bool:
+        return PATIENCE.run(self._place.is_folder, self._unreachable)
 
     def _unreachable(self) -> str:
         return f"{self.name}: cannot be reached"
