@@ -1,4 +1,7 @@
-"""`kill -9` at every step that a folder output takes on the disk: its name leads to the old or to the new folder."""
+"""`kill -9` at every step that a folder output takes on the disk: its name leads to the old or to the new folder.
+
+And a run that goes on makes nothing that a journal calls complete.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ pytestmark = [
 ]
 
 SCRIPT = '''
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ capabilities.exchange = capabilities.exchange and sys.argv[3] == "exchange"
 tensors = {f"k{i}": torch.full((4,), float(i)) for i in range(4)}
 entries = {name: TensorEntry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 steps = ["open", "replace", "rename", "fsync", "ftruncate", "link", "unlink", "mkdir", "rmdir"]
+steps += ["write", "pwrite", "chmod"]
 
 
 def contents(folder):
@@ -49,11 +53,25 @@ def write():
         side_files=lambda entries: [("config.json", b"new")],
     )
     writer.declare(entries, {"format": "pt"})
-    for name, tensor in tensors.items():
-        if name not in writer.completed:
-            writer.write(name, 0, byte_view(tensor))
+    made = tensors.keys() - writer.completed
+    for name in made:
+        writer.write(name, 0, byte_view(tensors[name]))
+        if name == "k0":  # what lies behind it in its file moves at the end
+            writer.drop(name)
+        else:
             writer.finished(name)
     writer.commit()
+    return made
+
+
+def journalled():
+    """The tensors that the journals call complete."""
+    found = {}
+    for path in root.glob(".out.part.journals/*"):
+        for line in path.read_bytes().split(b"\\n")[1:-1]:
+            name, mark, *_ = json.loads(line)
+            found[name] = mark is not False
+    return {name for name, complete in found.items() if complete}
 
 
 def killed_at(step):
@@ -85,7 +103,7 @@ old = contents(root / "out")
 write()
 new = contents(root / "out")
 assert sorted(os.listdir(root)) == ["out"]
-step, seen = 1, set()
+step, seen, nothing_left, moving = 1, set(), 0, 0
 while True:
     shutil.rmtree(root / "out")
     before()
@@ -96,11 +114,17 @@ while True:
         seen.add("old" if found == old else "new" if found == new else "broken")
     else:
         seen.add("away")
-    write()
+    complete = journalled() if contents(root / "out") != new else set()
+    made = write()
+    assert not made & complete, (step, made, complete)
+    if resume and nothing_left and complete and made:
+        assert made == {"k1"}, (step, made)  # all was complete before this step: only what was just being moved is lost
+        moving += 1
+    nothing_left += not made
     assert contents(root / "out") == new, step
     assert sorted(os.listdir(root)) == ["out"], (step, os.listdir(root))
     step += 1
-print(step, *sorted(seen))
+print(step, nothing_left, moving, *sorted(seen))
 '''
 
 
@@ -111,8 +135,10 @@ def test_the_folder_is_old_or_new_and_the_next_run_ends_the_same(tmp_path: Path,
         [sys.executable, "-c", SCRIPT, str(tmp_path), resume, way], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    steps, *seen = done.stdout.split()
+    steps, nothing_left, moving, *seen = done.stdout.split()
     assert int(steps) > 30
+    assert (int(nothing_left) > 20) == (resume == "resume")
+    assert 0 < int(moving) < 10 if resume == "resume" else moving == "0"
     in_one_step = way == "exchange" and sys.platform == "linux"
     # Without an exchange there is one moment in which the old folder has made room; the next run puts it back.
     assert seen == (["new", "old"] if in_one_step else ["away", "new", "old"])

@@ -165,6 +165,56 @@ def test_what_a_killed_run_left_is_removed_or_kept_on_request(tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+def test_a_link_is_not_kept_and_a_folder_that_was_about_to_be_published_is_open_again(tmp_path: Path) -> None:
+    left = tmp_path / ".model.part"
+    left.mkdir()
+    (tmp_path / "victim").write_bytes(b"precious")
+    (left / "kept").symlink_to("../victim")
+    (left / "other").write_bytes(b"")
+    left.chmod(0o500)
+    (tmp_path / ".model.part.lock").write_bytes(b"part    ")
+    output = OutputFolder(tmp_path / "model")
+    output.create(keep=["kept"])
+    assert os.listdir(left) == []
+    assert left.stat().st_mode & 0o700 == 0o700
+    output.discard()
+    assert os.listdir(tmp_path) == ["victim"]
+
+
+@pytest.mark.parametrize("keep", [[], ["kept"]])
+def test_journals_that_no_merge_made_are_left_alone(tmp_path: Path, keep: list[str]) -> None:
+    own = tmp_path / ".model.part.journals"
+    own.mkdir()
+    (own / "diary").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"journals' leads to something that no merge is known to have made"):
+        OutputFolder(tmp_path / "model").create(keep)
+    assert contents(own) == {"diary": b"mine"}
+    assert os.listdir(tmp_path) == [own.name]
+
+
+def test_journals_go_with_what_they_are_about(tmp_path: Path) -> None:
+    def begin() -> OutputFolder:
+        output = OutputFolder(tmp_path / "model")
+        output.create(keep=["sub/kept"])
+        return output
+
+    output = begin()
+    for name in ("sub/kept", "other"):
+        output.put(name, b"1")
+        Path(output.journal(name)).write_bytes(b"journal")
+    output.release()
+    output = begin()
+    assert contents(tmp_path / ".model.part.journals") == {"sub/kept": b"journal"}
+    output.release()
+    output.create()
+    assert not os.path.exists(output.journal("sub/kept"))
+    output.release()
+    output = begin()
+    Path(output.journal("sub/kept")).write_bytes(b"journal")
+    output.publish(nothing)
+    assert os.listdir(tmp_path) == ["model"]
+
+
 @pytest.mark.usefixtures("ways")
 def test_a_run_that_was_killed_while_it_published_is_put_right(old: Path) -> None:
     before = contents(old)

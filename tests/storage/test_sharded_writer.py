@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from sd_mecha.errors import OutputError
 from sd_mecha.extensions.model_formats import open_model
 from sd_mecha.storage.buffers import byte_view
-from sd_mecha.storage.folders import sharded_writer
+from sd_mecha.storage.capabilities import capabilities
+from sd_mecha.storage.folders import output_folder, sharded_writer
 from sd_mecha.storage.folders.sharded import open_sharded
 from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter
 from sd_mecha.storage.locations import LocalLocation
@@ -233,6 +234,48 @@ def test_what_was_dropped_before_an_interruption_stays_out(tmp_path: Path) -> No
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["weight_map"].keys() == TENSORS.keys() - {"x"}
     assert sorted(name for names in files(tmp_path / "out").values() for name in names) == sorted(index["weight_map"])
+
+
+@pytest.mark.skipif(not capabilities.exchange, reason="folders cannot change places here")
+@pytest.mark.parametrize("done", [False, True])
+def test_the_old_folder_is_not_taken_for_one_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """Killed around the moment in which both change places: the temporary name may lead to the old one.
+
+    Which differs where no sample of the journal looks.
+    """
+    tensors = {name: torch.arange(100_000, dtype=torch.int32) for name in "ab"}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    before["a"][15_000] = before["b"][15_000] = -1
+    out = tmp_path / "out"
+    for content in (before, tensors):
+        writer = declared(out, tensors, shard_size=400_000, resume="recipe")
+        fill(writer, content)
+        for name in content:
+            writer.finished(name)
+        if content is before:
+            writer.commit()
+    exchange = output_folder._exchange
+
+    def killed(one: str, other: str) -> bool:
+        if done:
+            exchange(one, other)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "_exchange", killed)
+        patch.setattr(ShardedWriter, "abort", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            writer.commit()
+    os.close(writer._folder._lock)
+    again = declared(out, tensors, shard_size=400_000, resume="recipe")
+    assert again.completed == (frozenset() if done else tensors.keys())
+    fill(again, {name: tensor for name, tensor in tensors.items() if name not in again.completed})
+    again.commit()
+    found = {name: tensor for file in files(out) for name, tensor in load_file(out / file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_another_recipe_does_not_go_on_with_what_was_left(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The first line says what the output is made of, and how it is laid out. Each of the others is about one tensor, and is
 written when the bytes of that tensor are on the disk: ["name", checksum of a sample of it], ["name", null] for one that
-the output lacks, ["name", false] for one that has to be made again after all. A line
-that was not written to its end counts for nothing.
+the output lacks, ["name", false] for one that has to be made again after all, ["name", checksum, offset] for one that
+was moved and lies there from then on. A line that was not written to its end counts for nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 _logger = logging.getLogger("sd_mecha")
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 16 << 10
 _BLOCKS = 4
 _MAX_SIZE = 1 << 30
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
-Line = tuple[str, int | None]
+Line = tuple[str, int | None] | tuple[str, int, int]
 
 
 class Journal:
@@ -45,6 +45,8 @@ class Journal:
         self._descriptor = -1
         self._end = 0  # bytes of what was read and understood
         self.done: dict[str, int | None] = {}
+        self.moved: dict[str, int] = {}
+        """Where tensors lie that an earlier run has moved, complete or not."""
 
     def fits(self) -> bool:
         """Read it, and tell whether the temporary file beside it is of the same output; the log says why not."""
@@ -63,6 +65,8 @@ class Journal:
                     self.done.pop(name, None)
                 case [str(name), int() | None as sample]:
                     self.done[name] = sample
+                case [str(name), int(sample), int(offset)]:
+                    self.done[name], self.moved[name] = sample, offset
                 case _:
                     break
         return True
@@ -73,7 +77,7 @@ class Journal:
             self._descriptor = os.open(self.path, os.O_WRONLY | _FLAGS)
             os.ftruncate(self._descriptor, self._end)
             return
-        self.done = {}
+        self.done, self.moved = {}, {}
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
@@ -89,7 +93,7 @@ class Journal:
             return
         try:
             self._write(lines)
-            self.done.update(lines)
+            self.done.update((line[0], line[1]) for line in lines)
         except OSError as error:
             _logger.warning(
                 "%s: cannot be written: %s; what is made from now on is not kept", self.path, error.strerror
@@ -113,7 +117,8 @@ class Journal:
             self._write(lines)
         except OSError:
             self.close()
-            os.unlink(self.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
 
     def close(self) -> None:
         """Write no more; the file stays."""

@@ -7,6 +7,8 @@ is sent to the disk now and then, so that the sync at the end has little left to
 
 The temporary file is locked: a second merge to the same output is refused, and what a killed one has left is removed
 by the next, or continued (see `journal`).
+
+In a folder that is hidden itself until it is complete, a file has its name from the beginning.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
-from sd_mecha.storage.locks import Held, claim, leads_to, part_name, remove
+from sd_mecha.storage.disk import refusal, reporting, sync_folder
+from sd_mecha.storage.locks import claim, leads_to, part_name, remove
 
 _COPY_SIZE = 8 << 20
 _FLUSH_SIZE = 64 << 20
@@ -37,14 +40,17 @@ class OutputFile:
 
     Args:
         path: the final name. A symbolic link is followed, so that the file it leads to is the one replaced.
+        journal: of a file in a folder under construction, where its journal goes; whoever publishes the folder removes
+            that. None: the folder is somebody's, so file and journal have hidden names in it.
 
     Attributes:
         on_flush: called before what is written is made durable; what it returns is called after that. Both may run
             in another thread.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], journal: str | None = None) -> None:
         self.path = os.path.abspath(os.fspath(path))
+        self._journal = journal
         self.on_flush: Callable[[], Callable[[], object]] | None = None
         self._target = ""
         self._mode: int | None = None  # of the file that is replaced
@@ -62,21 +68,23 @@ class OutputFile:
         Raises:
             OutputError: the folder does not exist, or the final name leads to something that is not a file.
         """
-        with self._reporting("cannot be created"):
-            target = os.path.realpath(self.path)
+        with reporting(self.path, "cannot be created"):
+            target = os.path.realpath(self.path) if self._journal is None else self.path
         self._check_target(target)
         self._target = target
 
     @property
     def temporary(self) -> str:
         """The temporary file; valid once it is known where the file will be."""
+        if self._journal is not None:
+            return self._target
         folder, name = os.path.split(self._target)
         return os.path.join(folder, part_name(name))
 
     @property
     def journal(self) -> str:
-        """Where to keep a journal of what is complete; it is removed together with the temporary file."""
-        return self.temporary + ".journal"
+        """Where to keep a journal of what is complete; it is removed when the temporary file is, or gets its name."""
+        return self.temporary + ".journal" if self._journal is None else self._journal
 
     def create(self, size: int, keep: Callable[[], bool] | None = None) -> bool:
         """Create the temporary file, lock it and reserve its space.
@@ -96,12 +104,12 @@ class OutputFile:
         self.locate()
         kept = False
         try:
-            with self._reporting("cannot be created"):
+            with reporting(self.path, "cannot be created"):
                 self._descriptor, kept = claim(self.temporary, keep)
                 self._claimed, self._flushed_at = True, time.monotonic()
                 if not kept:
                     self._remove_journal()
-            with self._reporting(f"has no room for {size} bytes"):
+            with reporting(self.path, f"has no room for {size} bytes"):
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     self._mode = stat.S_IMODE(os.stat(self._target).st_mode)
                     os.chmod(self.temporary, self._mode | 0o600)  # a private file stays private
@@ -120,7 +128,7 @@ class OutputFile:
                 with self._lock:
                     self._seek_and_write(offset, view)
         except OSError as error:
-            raise self._error("cannot be written", error) from error
+            raise refusal(self.path, "cannot be written", error) from error
         self._unflushed += len(view)
         if self._unflushed >= _FLUSH_SIZE and (capabilities.fdatasync or self.on_flush is not None):
             self._start_flush()
@@ -132,7 +140,7 @@ class OutputFile:
 
     def read_at(self, offset: int, view: memoryview) -> None:
         """Fill a flat view with bytes that were written; several threads may do so at once."""
-        with self._reporting("cannot be read back"):
+        with reporting(self.path, "cannot be read back"):
             if capabilities.preadv:
                 while view:
                     count = _progress(os.preadv(self._descriptor, [view], offset))
@@ -156,12 +164,12 @@ class OutputFile:
             done += len(part)
 
     def publish(self, size: int) -> None:
-        """Cut the file to its size, make it durable and give it its final name.
+        """Cut the file to its size, make it durable and give it its final name; in a hidden folder, it has that.
 
         Raises:
             OutputError: the file under the final name is untouched and the temporary one still there.
         """
-        with self._reporting("cannot be completed"):
+        with reporting(self.path, "cannot be completed"):
             os.ftruncate(self._descriptor, size)
             with self._flushing:
                 self._sync()
@@ -170,15 +178,17 @@ class OutputFile:
                     os.fchmod(self._descriptor, self._mode)
             if not leads_to(self.temporary, self._descriptor):
                 raise FileNotFoundError(errno.ENOENT, f"its temporary file {self.temporary!r} was removed or replaced")
-            if not capabilities.rename_open:
-                self._close()
-            os.replace(self.temporary, self._target)
+            if self._journal is None:
+                if not capabilities.rename_open:
+                    self._close()
+                os.replace(self.temporary, self._target)
         self._claimed = False
         with contextlib.suppress(OSError):  # everything is on the disk
-            self._remove_journal()
-        with contextlib.suppress(OSError):
             self._close()
-        self.sync_folder()
+        if self._journal is None:
+            with contextlib.suppress(OSError):
+                self._remove_journal()
+            self.sync_folder()
 
     def discard(self) -> None:
         """Remove the temporary file and its journal, if there are any of this output."""
@@ -204,7 +214,7 @@ class OutputFile:
         Raises:
             OutputError: the disk refuses, or did so earlier.
         """
-        with self._reporting("cannot be completed"), self._flushing:
+        with reporting(self.path, "cannot be completed"), self._flushing:
             self._unflushed = 0
             after = self._mark()
             self._sync()
@@ -298,42 +308,9 @@ class OutputFile:
             os.unlink(self.journal)
 
     def sync_folder(self) -> None:
-        """Make the names in the folder durable; what the files hold already is, so a folder that cannot be synced is
-        no failure."""
-        if not capabilities.fsync_directory:
-            return
-        with contextlib.suppress(OSError):
-            descriptor = os.open(os.path.dirname(self._target), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    @contextlib.contextmanager
-    def _reporting(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OutputError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise self._error(what, error) from error
-
-    def _error(self, what: str, error: OSError | ValueError) -> OutputError:
-        code = error.errno if isinstance(error, OSError) else None
-        if isinstance(error, Held):
-            step = "wait for it, or choose another name"
-        elif code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            step = "free some space or choose another folder"
-        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            step = "check the permissions, close programs that use the file, or choose another folder"
-        elif code == errno.EFBIG:
-            step = "this file system or account does not allow files of that size; choose another folder"
-        else:
-            step = "check the disk, or choose another folder"
-        reason = (error.strerror or error) if isinstance(error, OSError) else error
-        reported = OutputError(f"output {self.path!r} {what}: {reason}; {step}")
-        reported.errno = code
-        return reported
+        """Make the names of the file and of its journal durable."""
+        for folder in {os.path.dirname(self._target), os.path.dirname(self.journal)}:
+            sync_folder(folder)
 
 
 def _progress(count: int) -> int:

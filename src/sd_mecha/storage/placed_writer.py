@@ -8,7 +8,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple, NoReturn
 
 from sd_mecha.errors import OutputError
@@ -16,6 +16,7 @@ from sd_mecha.storage.contract import TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.journal import Journal, Line, sample
 from sd_mecha.storage.output_file import OutputFile
 
+_GROUP_SIZE = 64 << 20  # bytes of tensors that are moved before the journal is told
 _logger = logging.getLogger("sd_mecha")
 
 
@@ -45,14 +46,15 @@ class PlacedWriter(ABC):
         path: where the file goes.
         resume: what it is made of, as a fingerprint: what is complete is kept when the work is interrupted, and a
             writer of the same path, fingerprint and layout goes on from there. None: nothing is kept.
+        journal: of a file in a folder under construction, where its journal goes; see `OutputFile`.
 
     Attributes:
         completed: names that need not be written because an earlier run did, or found that the file lacks them;
             known after `declare`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, resume: str | None = None) -> None:
-        self._output = OutputFile(path)
+    def __init__(self, path: str | os.PathLike[str], *, resume: str | None = None, journal: str | None = None) -> None:
+        self._output = OutputFile(path, journal)
         self.name = self._output.path
         self.completed: frozenset[str] = frozenset()
         self._resume = resume
@@ -140,6 +142,15 @@ class PlacedWriter(ABC):
         self._lay_out(self._entries, metadata, self._declared().room)
         self._metadata = dict(metadata)
 
+    def settle(self) -> None:
+        """Make all that is complete durable and note it, for a run that goes on from there.
+
+        Raises:
+            OutputError: the disk refused.
+        """
+        if self._journal is not None:
+            self._output.sync()
+
     def commit(self) -> None:
         """Close the gaps of dropped tensors, write the header, and let the file appear under its name.
 
@@ -152,9 +163,8 @@ class PlacedWriter(ABC):
             self._check_complete()
             kept = {name: entry for name, entry in self._entries.items() if name not in self._dropped}
             layout = self._lay_out(kept, self._metadata, declared.room)
-            if self._journal is not None:
-                self._output.sync()
-                self._output.on_flush = None  # from now on tensors move
+            self.settle()
+            self._output.on_flush = None  # from now on tensors move
             self._move_down(declared, layout)
             self._fill_holes(layout)
             self._output.write_at(0, memoryview(layout.header))
@@ -207,7 +217,12 @@ class PlacedWriter(ABC):
 
     def _recall(self) -> None:
         """Take over what an earlier run completed, unless a sample of it shows that the file holds something else."""
-        if self._journal is None or not self._journal.done:
+        if self._journal is None:
+            return
+        moved, layout = self._journal.moved, self._declared()
+        places = {name: (moved.get(name, offset), nbytes) for name, (offset, nbytes) in layout.places.items()}
+        self._layout = layout._replace(places=places)
+        if not self._journal.done:
             return
         known = {name: mark for name, mark in self._journal.done.items() if name in self._written}
         spoilt = [name for name, mark in known.items() if mark is not None and self._sample(name) != mark]
@@ -269,15 +284,22 @@ class PlacedWriter(ABC):
                 raise OutputError(f"output {self.name!r}: tensor {name!r} is incomplete: {got}")
 
     def _move_down(self, before: Layout, after: Layout) -> None:
-        """Move tensors to where they lie in a file without those that were dropped."""
-        moves = [(name, before.places[name], place[0]) for name, place in after.places.items()]
-        moves = [move for move in moves if move[1][0] != move[2]]
-        if not moves:
-            return
-        first = min(destination for _, _, destination in moves)
-        self._revoke(name for name, (offset, nbytes) in before.places.items() if offset + nbytes > first)
-        for _, (offset, nbytes), destination in moves:
-            self._output.move_down(offset, destination, nbytes)
+        """Move tensors to where they lie in a file without those that were dropped.
+
+        At any time those of the first groups lie at their new places, those of the others at their old ones, and none
+        on another; of one group an interruption may leave nothing, so the journal lacks it meanwhile.
+        """
+        for names in _groups(before, after):
+            lines: list[Line] = []
+            if self._journal is not None:
+                lines = [(name, self._sample(name), after.places[name][0]) for name in names]
+                self._revoke(names)
+            for name in names:
+                (source, nbytes), (destination, _) = before.places[name], after.places[name]
+                self._output.move_down(source, destination, nbytes)
+            if self._journal is not None:
+                self._output.sync()
+                self._journal.append(lines)
 
     def _fill_holes(self, layout: Layout) -> None:
         """Bytes that no tensor covers are zero, also where something was moved away or an earlier run has written."""
@@ -289,6 +311,22 @@ class PlacedWriter(ABC):
 
     def _refuse(self, reason: object) -> NoReturn:
         raise OutputError(f"output {self.name!r}: {reason}")
+
+
+def _groups(before: Layout, after: Layout) -> Iterator[list[str]]:
+    """The names of the tensors that have to move, in order."""
+    names: list[str] = []
+    size = 0
+    for name, (offset, nbytes) in after.places.items():
+        if offset == before.places[name][0]:
+            continue
+        if names and size + nbytes > _GROUP_SIZE:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    if names:
+        yield names
 
 
 def _digest(layout: Layout, entries: Mapping[str, TensorEntry]) -> str:

@@ -4,8 +4,12 @@ Files go into `.NAME.part`, in the same parent folder. `publish` syncs all of it
 name: by a rename, or where a folder of that name exists, by letting both change places, in one step where the system
 can. What else lies in the old folder comes along; the old folder is removed only when the new one is in its place.
 
+Journals of what is complete go into `.NAME.part.journals`, so that they are there until the folder has its name, and
+not in it then.
+
 The lock file, `.NAME.part.lock`, says which hidden folders beside the output are leftovers of a merge. It stays as long
-as they do. A folder that happens to have such a name and is somebody's own is never removed.
+as they do. A folder that happens to have such a name and is somebody's own is never removed. Before two folders change
+places it also says which is which: what is left under the temporary name may be either.
 """
 
 from __future__ import annotations
@@ -19,15 +23,17 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage import locks
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import ByteSource
+from sd_mecha.storage.disk import reporting, sync_folder
 
 _COPY_SIZE = 8 << 20
-_PART, _BOTH = b"part    ", b"part old"  # what a lock file says is a merge's; of one size, to be written in one go
+_PART, _BOTH, _SWAP = b"part    ", b"part old", b"swap    "  # what a lock file says is a merge's
+_SAID_SIZE = 28  # that, and the inode of the new folder; written in one go
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux' renameat2
 _IS_MODEL = re.compile(
     r"config\.json|model_index\.json|.*\.index(\.\w+)?\.json|adapter_config\.json"
@@ -49,39 +55,47 @@ class OutputFolder:
         self._target = ""
         self.part = ""
         """Where the files go until they are published; empty before `create` and after the end."""
-        self._temporary = self._old = self._lock_path = ""
+        self._temporary = self._journals = self._old = self._lock_path = ""
         self._lock = -1
-        self._made = b""  # what the lock file says
+        self._made = self._inode = b""  # what the lock file says
 
     def create(self, keep: Collection[str] = ()) -> None:
         """Lock the output and make the folder for its files.
 
         Args:
-            keep: relative paths of what may stay of an earlier run that was interrupted.
+            keep: relative paths of what may stay of an earlier run that was interrupted, with its journals.
 
         Raises:
             OutputError: the parent folder does not exist or allows no new folder, another merge writes to this one,
                 what stands there is neither empty nor the folder of a model, or a folder that no merge has made has
                 the temporary name.
         """
-        with self._reporting("cannot be created"):
+        with reporting(self.path, "cannot be created"):
             self._target = os.path.realpath(self.path)
             self._check_target()
             folder, name = os.path.split(self._target)
             self._temporary = part = os.path.join(folder, locks.part_name(name))
+            self._journals = f"{part}.journals"
             self._old = part.removesuffix(".part") + ".old"
             self._lock_path = f"{part}.lock"
             self._lock, _ = locks.claim(self._lock_path, lambda: True)
         try:
-            with self._reporting("cannot be created"):
-                self._made = os.read(self._lock, len(_BOTH))
+            with reporting(self.path, "cannot be created"):
+                said = os.read(self._lock, _SAID_SIZE)
+                self._made, self._inode = said[: len(_PART)], said[len(_PART) :]
                 self._recover()
                 self._make_room(bool(keep))
                 self._say(_PART)
                 os.makedirs(part, exist_ok=True)
+                for root in (self._journals, part) if keep else ():
+                    kept = {os.path.join(root, *name.split("/")) for name in keep}
+                    _sweep(root, kept)
+                    for path in kept:
+                        os.makedirs(os.path.dirname(path), exist_ok=True)
+                    for inside, _, _ in os.walk(root):
+                        sync_folder(inside)
+                sync_folder(folder)
                 self.part = part
-                if keep:
-                    _sweep(part, {os.path.join(part, *name.split("/")) for name in keep})
         except BaseException:
             self.discard()
             raise
@@ -89,9 +103,13 @@ class OutputFolder:
     def place(self, name: str) -> str:
         """The path of a file under construction, by its relative name; its folder is made."""
         path = os.path.join(self.part, *name.split("/"))
-        with self._reporting("cannot be created"):
+        with reporting(self.path, "cannot be created"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
+
+    def journal(self, name: str) -> str:
+        """Where to keep the journal of that file; it is removed with the folder, or when that has its name."""
+        return os.path.join(self._journals, *name.split("/"))
 
     def put(self, name: str, content: bytes | ByteSource) -> None:
         """Write a small file, or copy one.
@@ -100,7 +118,7 @@ class OutputFolder:
             OutputError: the disk refused.
         """
         path = self.place(name)
-        with self._reporting(f"cannot hold {name!r}"), open(path, "wb") as file:
+        with reporting(self.path, f"cannot hold {name!r}"), open(path, "wb") as file:
             if isinstance(content, bytes):
                 file.write(content)
             else:
@@ -118,19 +136,21 @@ class OutputFolder:
         Raises:
             OutputError: the old folder is in its place as it was, and the new one still under construction.
         """
-        with self._reporting("cannot be completed"):
+        with reporting(self.path, "cannot be completed"):
             exists = os.path.isdir(self._target)
             if exists:
                 _carry(self._target, self.part, replaced)
                 os.chmod(self.part, stat.S_IMODE(os.stat(self._target).st_mode))
             for folder, _, _ in os.walk(self.part):
-                _sync(folder)
+                sync_folder(folder)
             if exists:
                 self._exchange()
             else:
                 os.rename(self.part, self._target)
             self.part = ""
-            _sync(os.path.dirname(self._target))
+            sync_folder(os.path.dirname(self._target))
+        with contextlib.suppress(OSError):
+            _remove_tree(self._journals)
         try:
             if exists:
                 _remove_tree(self._old)
@@ -141,8 +161,9 @@ class OutputFolder:
     def discard(self) -> None:
         """Remove what was written. Harmless after publishing or a second time."""
         if self.part:
-            with contextlib.suppress(OSError):
-                _remove_tree(self.part)
+            for path in (self._journals, self.part):
+                with contextlib.suppress(OSError):
+                    _remove_tree(path)
         self.release()
 
     def release(self) -> None:
@@ -150,11 +171,11 @@ class OutputFolder:
         self.part = ""
         if self._lock >= 0:
             descriptor, self._lock = self._lock, -1
-            left = (self._made in (_PART, _BOTH) and os.path.lexists(self._temporary)) or (
-                self._made == _BOTH and os.path.lexists(self._old)
-            )
+            ours = [self._temporary, self._journals] if self._made in (_PART, _BOTH, _SWAP) else []
+            if self._made == _BOTH:
+                ours.append(self._old)
             with contextlib.suppress(OSError):
-                if left:
+                if any(map(os.path.lexists, ours)):
                     os.close(descriptor)
                 else:
                     locks.remove(self._lock_path, descriptor)
@@ -176,6 +197,8 @@ class OutputFolder:
 
     def _recover(self) -> None:
         """Put back, or remove, the old folder that a run left which was killed while it published."""
+        if self._made == _SWAP and os.path.lexists(self._temporary) and _inode(self._temporary) != self._inode:
+            _remove_tree(self._temporary)
         if self._made == _BOTH and os.path.lexists(self._old):
             if os.path.lexists(self._target):
                 _remove_tree(self._old)
@@ -183,43 +206,45 @@ class OutputFolder:
                 os.rename(self._old, self._target)
 
     def _make_room(self, resume: bool) -> None:
-        """Remove what an earlier run left under the temporary name, but for a folder that this one goes on in."""
-        try:
-            status = os.lstat(self._temporary)
-        except FileNotFoundError:
-            return
-        if stat.S_ISREG(status.st_mode):  # of a merge into a file of this name, which may be running
-            descriptor, _ = locks.claim(self._temporary)
-            locks.remove(self._temporary, descriptor)
-            return
-        is_folder = stat.S_ISDIR(status.st_mode)
-        own = is_folder and (self._made in (_PART, _BOTH) or not os.listdir(self._temporary))
-        if not own:
-            raise OutputError(
-                f"output {self.path!r}: its temporary name {self._temporary!r} leads to something that no merge is "
-                "known to have made; move or remove that, or choose another name"
-            )
-        if not resume:
-            shutil.rmtree(self._temporary)
+        """Remove what an earlier run left under the temporary names, but for folders that this one goes on in."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISREG(os.lstat(self._temporary).st_mode):  # of a merge into a file of this name, perhaps running
+                descriptor, _ = locks.claim(self._temporary)
+                locks.remove(self._temporary, descriptor)
+        for path in (self._journals, self._temporary):  # a journal must not outlive what it is about
+            if not os.path.lexists(path):
+                continue
+            is_folder = os.path.isdir(path) and not os.path.islink(path)
+            if not is_folder or (self._made not in (_PART, _BOTH, _SWAP) and os.listdir(path)):
+                raise OutputError(
+                    f"output {self.path!r}: its temporary name {path!r} leads to something that no merge is "
+                    "known to have made; move or remove that, or choose another name"
+                )
+            os.chmod(path, 0o700 | stat.S_IMODE(os.stat(path).st_mode))  # it may have those of the old folder already
+            if not resume:
+                shutil.rmtree(path)
 
-    def _say(self, made: bytes) -> None:
+    def _say(self, made: bytes, inode: bytes = b"") -> None:
         """Put into the lock file which of the hidden folders are this merge's, before they are made."""
         os.lseek(self._lock, 0, os.SEEK_SET)
-        os.write(self._lock, made)
+        os.write(self._lock, (made + inode).ljust(_SAID_SIZE))
         os.fsync(self._lock)
-        self._made = made
+        self._made, self._inode = made, inode
 
     def _exchange(self) -> None:
         """Put the new folder in the place of the old one, which is at `self._old` afterwards."""
-        if capabilities.exchange and _exchange(self.part, self._target):
-            self._old = self.part
-            return
+        if capabilities.exchange:
+            self._say(_SWAP, _inode(self.part))
+            sync_folder(os.path.dirname(self._target))
+            if _exchange(self.part, self._target):
+                self._old = self.part
+                return
         if os.path.lexists(self._old):
             raise OutputError(
                 f"output {self.path!r} cannot be completed: {self._old!r} is in the way; move or remove that"
             )
         self._say(_BOTH)
-        _sync(os.path.dirname(self._target))
+        sync_folder(os.path.dirname(self._target))
         try:
             os.rename(self._target, self._old)
             try:
@@ -232,29 +257,9 @@ class OutputFolder:
                 self._say(_PART)
             raise
 
-    @contextlib.contextmanager
-    def _reporting(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            if isinstance(error, OutputError):
-                raise
-            raise self._error(what, error) from error
 
-    def _error(self, what: str, error: OSError | ValueError) -> OutputError:
-        code = error.errno if isinstance(error, OSError) else None
-        if isinstance(error, locks.Held):
-            return OutputError(f"output {self.path!r}: another merge is writing to it; wait for it to end")
-        if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            step = "free some space or choose another folder"
-        elif code in (errno.EBUSY, errno.EXDEV):
-            step = "it may be a disk of its own: name a folder in it"
-        else:
-            step = "check the permissions and the disk, or choose another folder"
-        reason = (error.strerror or error) if isinstance(error, OSError) else error
-        reported = OutputError(f"output {self.path!r} {what}: {reason}; {step}")
-        reported.errno = code
-        return reported
+def _inode(path: str) -> bytes:
+    return b"%20d" % os.lstat(path).st_ino
 
 
 def _exchange(one: str, other: str) -> bool:
@@ -301,11 +306,11 @@ def _link(source: str, target: str) -> None:
 
 
 def _sweep(folder: str, keep: Collection[str]) -> None:
-    """Remove all files but some."""
+    """Remove all files but some, and all links."""
     for inside, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
         for name in [*files, *links]:
-            if (path := os.path.join(inside, name)) not in keep:
+            if (path := os.path.join(inside, name)) not in keep or os.path.islink(path):
                 os.unlink(path)
 
 
@@ -314,15 +319,3 @@ def _remove_tree(path: str) -> None:
         shutil.rmtree(path)
     else:
         os.unlink(path)
-
-
-def _sync(folder: str) -> None:
-    """Make the names in a folder durable; the files themselves already are, so failing to is no failure."""
-    if not capabilities.fsync_directory:
-        return
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +14,11 @@ from sd_mecha.storage.contract import ByteSource, TensorEntry
 from sd_mecha.storage.files import descriptor_limit
 from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.folders.sharded import is_known_weights
-from sd_mecha.storage.locks import part_name
 from sd_mecha.storage.safetensors import SafetensorsWriter
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one file, where the user says nothing."""
+_logger = logging.getLogger("sd_mecha")
 _MAX_TEXT = 2_000_000  # characters of metadata in an index, whose readers bound its size
 
 
@@ -66,6 +67,10 @@ class _Shard:
         self.writer: SafetensorsWriter | None = None
 
     @property
+    def path(self) -> str:
+        return self.part.path(self.name)
+
+    @property
     def open(self) -> SafetensorsWriter:
         assert self.writer is not None
         return self.writer
@@ -112,13 +117,12 @@ class ShardedWriter:
             raise ValueError(f"{self.name}: declared twice")
         self._metadata = dict(metadata)
         self._distribute(entries)
-        names = [shard.part.path(shard.name) for shard in self._shards] if self._resume is not None else []
-        self._folder.create([kept for name in names for kept in _unfinished(name)])
+        self._folder.create([shard.path for shard in self._shards] if self._resume is not None else ())
         try:
             for number, shard in enumerate(self._shards):
-                path = self._folder.place(shard.part.path(shard.name))
-                resume = None if self._resume is None else f"{self._resume} {number} {shard.part.path(shard.name)}"
-                shard.writer = SafetensorsWriter(path, resume=resume)
+                resume = None if self._resume is None else f"{self._resume} {number} {shard.path}"
+                path, journal = self._folder.place(shard.path), self._folder.journal(shard.path)
+                shard.writer = SafetensorsWriter(path, resume=resume, journal=journal)
                 shard.writer.declare(shard.entries, self._metadata_of(number))
             for name, content in self._side_files(entries):
                 self._put(name, content)
@@ -170,6 +174,8 @@ class ShardedWriter:
         """
         try:
             for shard in self._shards:
+                shard.open.settle()
+            for shard in self._shards:
                 shard.open.commit()
             for part in self._parts:
                 self._write_index(part, [shard for shard in self._shards if shard.part == part])
@@ -183,13 +189,11 @@ class ShardedWriter:
         for shard in self._shards:
             if shard.writer is not None:
                 shard.writer.abort()
-        left = bool(self._folder.part and self._resume is not None) and any(
-            os.path.exists(os.path.join(self._folder.part, *name.split("/")))
-            for shard in self._shards
-            for name in _unfinished(shard.part.path(shard.name))
-        )
-        if left:
+        if self._folder.part and any(os.path.exists(self._folder.journal(shard.path)) for shard in self._shards):
             self._folder.release()
+            _logger.warning(
+                "output %r: what is complete is kept; run again with resume=True (--resume) to go on", self.name
+            )
         else:
             self._folder.discard()
 
@@ -257,10 +261,3 @@ def _split(entries: Mapping[str, TensorEntry], size: int) -> list[dict[str, Tens
         groups[-1][name] = entry
         filled += entry.nbytes
     return groups
-
-
-def _unfinished(name: str) -> list[str]:
-    """The relative paths of the temporary file and the journal of a file."""
-    folder, _, base = name.rpartition("/")
-    part = f"{folder}/{part_name(base)}" if folder else part_name(base)
-    return [part, f"{part}.journal"]
