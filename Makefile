@@ -10,7 +10,7 @@ endif
 PY := $(BIN)/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check lint types peers bench docs reference clean
+.PHONY: demo test check lint types peers fuzz bench docs reference clean
 
 demo: $(INSTALLED)  ## train, merge and measure on real data
 	$(BIN)/sd-mecha demo $(DEMO_ARGS)
@@ -28,8 +28,11 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(PY) -m mypy
 
-peers: $(INSTALLED)  ## libraries that results are compared with; the tests that need them are skipped without
+peers: $(INSTALLED)  ## libraries that results are compared with, and one that guides fuzzing; tests do without what is missing
 	-$(PY) -m pip install --quiet --editable '.[peers]' --constraint constraints.txt
+
+fuzz: peers  ## damaged files for the readers: TARGET=torch SECONDS=600; what is found goes to tests/faults/findings/TARGET
+	$(PY) -m tests.faults.fuzz $(or $(TARGET),all) $(or $(SECONDS),120)
 
 bench: $(INSTALLED)  ## speed and memory: CASES="sd15_weighted_sum ..." REPEATS=3 BENCH_ARGS=--quick
 	$(PY) -m bench $(CASES) $(if $(REPEATS),--repeats $(REPEATS)) $(BENCH_ARGS)

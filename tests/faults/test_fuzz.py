@@ -5,32 +5,43 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.faults.fuzz import FINDINGS, TARGETS, damaged
+from tests.faults.fuzz import FINDINGS, KINDS, fuzz
+from tests.faults.fuzz_damage import damaged
+from tests.faults.fuzz_gguf import gguf_parts, gguf_whole
+from tests.faults.fuzz_targets import TARGETS
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "120"))
 """For each kind of file, in the slow test."""
 
 
-def needs(name: str) -> None:
-    if name == "gguf" and importlib.util.find_spec("gguf") is None:
+def needs(kind: str) -> None:
+    if kind == "gguf" and importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the package gguf")
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_damaged_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
-    needs(name)
-    target, rng = TARGETS[name], random.Random(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
+    needs(kind)
+    target, rng = TARGETS[kind], random.Random(2)
     seeds = target.seeds()
     for data in seeds:
         target(data, tmp_path)
     for _ in range(150):
-        target(damaged(rng.choice(seeds), seeds, rng), tmp_path)
+        target(damaged(kind, rng.choice(seeds), seeds, rng), tmp_path)
+
+
+def test_parts_of_a_gguf_file_make_the_file() -> None:
+    needs("gguf")
+    for data in TARGETS["gguf"].seeds():
+        keys, tensors, rest = gguf_parts(data)
+        assert len(tensors) == 2
+        assert gguf_whole(keys, tensors, rest) == data
 
 
 @pytest.mark.parametrize("path", sorted(FINDINGS.glob("*/*")), ids=lambda path: path.name)
@@ -40,22 +51,11 @@ def test_what_was_found_once(tmp_path: Path, path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and limits of memory")
+@pytest.mark.skipif(sys.platform == "win32", reason="memory cannot be limited there")
 def test_damaged_files_for_minutes() -> None:
     """Two kinds at a time, each for `SECONDS`; the seed is another one each time and shown when something is found."""
-    left = [name for name in TARGETS if name != "gguf" or importlib.util.find_spec("gguf") is not None]
-    problems = []
-    while left:
-        pair, left = left[:2], left[2:]
-        seed = random.SystemRandom().randrange(10**9)
-        commands = [[sys.executable, "-m", "tests.faults.fuzz", name, str(SECONDS), str(seed)] for name in pair]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [
-            subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-            for c in commands
-        ]
-        for name, child in zip(pair, running, strict=True):
-            out, err = child.communicate(timeout=SECONDS + 120)
-            if child.returncode or "no finding" not in out:
-                problems.append(f"{name}, seed {seed}: {err[-3000:]}")
-    assert not problems, "\n\n".join(problems)
+    kinds = [kind for kind in KINDS if kind != "gguf" or importlib.util.find_spec("gguf") is not None]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda kind: fuzz(kind, SECONDS, random.SystemRandom().randrange(1, 10**9)), kinds)
+        found = [problem for _, problem in results if problem]
+    assert not found, "\n\n".join(found)
