@@ -7,6 +7,7 @@ import copyreg
 import os
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,10 @@ COSTLY = {
         "would make objects of more than",
     ),
     "doubled lists": (doubled(), "expected a dict of tensors"),
+    "a long name, in many names": (
+        program(text("torch.optim." + "a" * 2**20) + b"q\x00(", *(b"h\x00" + text(i) + b"\x93" for i in "ab"), b"t"),
+        "longer than 1,024 characters",
+    ),
 }
 
 
@@ -285,6 +290,19 @@ COSTLY = {
 def test_what_would_take_long_or_much_is_refused(raw: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_machine, "BUDGET", 2**21 if "objects" in message else 2**25)
     refuses(raw, message)
+
+
+def test_long_keys_beside_the_model_are_not_shown_whole(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    data = saved({"w": torch.ones(1), (b"\xff" * 2**22,) * 5: 1}, pickle_protocol=4)
+    tracemalloc.start()
+    try:
+        assert list(opened(data).entries) == ["w"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "is left out" in caplog.text
+    assert peak < 2**24  # the pickle, twice, and the key; not what would be four times as long
 
 
 def test_a_structure_of_exponential_size_is_not_walked() -> None:

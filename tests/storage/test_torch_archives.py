@@ -131,6 +131,7 @@ def test_the_description_used_here_is_right():
         ({"offset": 1}, "it reaches to byte 12"),
         ({"strides": (2,)}, "it reaches to byte 12"),
         ({"strides": (2**62,)}, "reach beyond"),
+        ({"shape": (1, 2), "strides": (2**100, 1)}, "its strides holds other than whole numbers"),
         ({"offset": -1}, "its offset is no whole number"),
         ({"offset": None}, "its offset is no whole number"),
         ({"shape": (-1,)}, "its shape holds other than whole numbers"),

@@ -10,7 +10,13 @@ from sd_mecha.errors import FileFormatError
 
 _MAX_DIGITS = 20  # of 2**64; longer numbers cost quadratic time and mean nothing in a header
 
-_brief = reprlib.Repr()
+
+class _Brief(reprlib.Repr):
+    def repr_bytes(self, value: bytes, level: int) -> str:  # the library would show them whole, and then cut that
+        return repr(value) if len(value) <= self.maxother else f"{value[: self.maxother]!r}..."
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = 120
 _brief.maxlist = 12
 brief = _brief.repr

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.contract import ByteSource, TensorEntry
-from sd_mecha.storage.pytorch.reader import is_tensor, open_content
-from sd_mecha.storage.pytorch.tensors import PlacedTensor
+from sd_mecha.storage.pytorch.reader import is_tensor, open_archive
+from sd_mecha.storage.pytorch.tensors import Place, PlacedTensor
 from sd_mecha.storage.strict_json import brief
 
 _MAX_COMPARISONS = 5_000_000
+_LARGEST_PART = 2**16  # bytes of the directory, and of the pickle, of one chunk; both have a few hundred
 
 
 class Slice:
@@ -49,7 +51,7 @@ class Slice:
 
 
 class Chunk:
-    """A box of a tensor, saved as a tensor of its own.
+    """A box of a tensor, saved as a tensor of its own. There may be very many of them.
 
     Args:
         key: the tensor.
@@ -59,15 +61,23 @@ class Chunk:
         offsets: where it begins in the tensor.
     """
 
+    __slots__ = ("_entry", "_tensor", "begin", "file", "key", "length", "offsets")
+
     def __init__(
         self, key: str, file: ByteSource, begin: int, length: int, entry: TensorEntry, offsets: tuple[int, ...]
     ) -> None:
-        self.file: ByteSource = Slice(file, begin, length)
+        self.key = key
+        self.file = file
+        self.begin = begin
+        self.length = length
         self.offsets = offsets
-        self.sizes = entry.shape
-        self._key = key
         self._entry = entry
         self._tensor: PlacedTensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How large it is in each dimension."""
+        return self._entry.shape
 
     def tensor(self) -> PlacedTensor:
         """Where its bytes are.
@@ -76,15 +86,16 @@ class Chunk:
             FileFormatError: what is stored is something else.
         """
         if self._tensor is None:
-            content = open_content(self.file)
+            part = Slice(self.file, self.begin, self.length)
+            content = open_archive(part, _LARGEST_PART)
             if not is_tensor(content.value):
-                raise FileFormatError(f"{self.file.name}: holds {brief(content.value)}; expected tensor {self._key!r}")
-            placed = content.place(self._key, content.value, self.file)
+                raise FileFormatError(f"{part.name}: holds {brief(content.value)}; expected tensor {brief(self.key)}")
+            placed = content.place(self.key, content.value, part)
             if placed.entry != self._entry:
                 raise FileFormatError(
-                    f"{self.file.name}: tensor {self._key!r} is {placed.entry} there, but {self._entry} in .metadata"
+                    f"{part.name}: tensor {brief(self.key)} is {placed.entry} there, but {self._entry} in .metadata"
                 )
-            self._tensor = placed
+            self._tensor = replace(placed, entry=self._entry, place=Place(self.begin + placed.place.offset))
         return self._tensor
 
     def read_common(self, starts: tuple[int, ...], out: Tensor) -> None:
@@ -97,6 +108,25 @@ class Chunk:
             inner.append(first - offset)
             within = within.narrow(dim, first - start, last - first)
         self.tensor().read_box(self.file, tuple(inner), within)
+
+
+def check_apart(source: str, chunks: Iterable[Chunk]) -> None:
+    """Check that no two chunks lie in the same bytes: every one is written on its own, tied weights too.
+
+    Args:
+        source: what messages call the folder.
+        chunks: all of them.
+
+    Raises:
+        FileFormatError: two do. Many chunks in few bytes would cost more than the files are large.
+    """
+    ordered = sorted(chunks, key=lambda chunk: (chunk.file.name, chunk.begin))
+    for one, two in itertools.pairwise(ordered):
+        if one.file is two.file and one.begin + one.length > two.begin:
+            raise FileFormatError(
+                f"{source}: chunks of tensors {brief(one.key)} and {brief(two.key)} share bytes from byte {two.begin} "
+                f"of {two.file.name} on; expected that each has its own. Save the checkpoint again"
+            )
 
 
 def check_cover(source: str, key: str, shape: tuple[int, ...], chunks: Sequence[Chunk], compared: int) -> int:

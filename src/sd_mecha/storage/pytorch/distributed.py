@@ -8,6 +8,7 @@ directory is read when the chunk is first needed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -19,10 +20,10 @@ from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import ByteSource, TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.dtypes import TO_SAFETENSORS
 from sd_mecha.storage.locations import Location
-from sd_mecha.storage.pytorch.chunks import Chunk, check_cover
+from sd_mecha.storage.pytorch.chunks import Chunk, check_apart, check_cover
 from sd_mecha.storage.pytorch.names import TorchNames
 from sd_mecha.storage.pytorch.pickle_machine import MAX_PICKLE, PickleMachine
-from sd_mecha.storage.pytorch.pickle_opcodes import Inert
+from sd_mecha.storage.pytorch.pickle_opcodes import OBJECT, Inert
 from sd_mecha.storage.pytorch.state_dicts import pick_state_dict
 from sd_mecha.storage.pytorch.strided import WORDS, boxes
 from sd_mecha.storage.strict_json import brief
@@ -120,24 +121,48 @@ class DcpReader:
         file = self._files[METADATA] = folder.child(METADATA).open()
         if file.size > MAX_PICKLE:
             self._fail(f"{METADATA} has {file.size} bytes; expected at most {MAX_PICKLE}")
-        loaded = PickleMachine(file.read(0, file.size), _DcpNames(), file.name).run()
+        machine = PickleMachine(file.read(0, file.size), _DcpNames(), file.name)
+        loaded = machine.run()
         fields = self._fields(loaded, "metadata.Metadata")
         tensors, paths = fields.get("state_dict_metadata"), fields.get("planner_data")
         storages = fields.get("storage_data")
         if type(tensors) is not dict or type(storages) is not dict:
             self._fail(f"{METADATA} lists no tensors, or not where they are stored")
-        picked = pick_state_dict(_nested(tensors, paths), lambda value: type(value) is _Described, self.name)
-        stored = self._stored(storages)
+        nested = self._nested(tensors, paths, machine)
+        picked = pick_state_dict(nested, lambda value: type(value) is _Described, self.name)
+        stored = self._stored(storages, machine)
         compared = 0
         for name, described in picked.items():
             fields = self._fields(described.what, "metadata.TensorStorageMetadata")
-            entry, chunks = self._tensor(described.key, fields, stored)
+            entry, chunks = self._tensor(described.key, fields, stored, machine)
             compared += check_cover(self.name, name, entry.shape, chunks, compared)
             entries[name] = entry
             self._chunks[name] = chunks
+        check_apart(self.name, itertools.chain.from_iterable(self._chunks.values()))
+
+    def _nested(self, tensors: dict[Any, Any], paths: Any, machine: PickleMachine) -> dict[Any, Any]:
+        """The dict of dicts that was saved, as far as it holds tensors; without paths, a flat one."""
+        top: dict[Any, Any] = {}
+        for key, what in tensors.items():
+            if type(key) is not str or type(what) is not Inert or not what.name.endswith("TensorStorageMetadata"):
+                continue
+            path = paths.get(key) if type(paths) is dict else None
+            if type(path) is not tuple or not 0 < len(path) <= 32 or not all(type(part) is str for part in path):
+                path = (key,)
+            inner = top
+            for part in path[:-1]:
+                if part not in inner:
+                    machine.put(inner, part, {})
+                inner = inner[part]
+                if type(inner) is not dict:
+                    self._fail(f"tensor {brief(key)} lies within tensor {brief(inner.key)}; expected one of them")
+            if path[-1] in inner:
+                self._fail(f"tensor {brief(key)} lies where there is another, or a dict of tensors; expected one")
+            machine.put(inner, path[-1], _Described(key, what))
+        return top
 
     def _tensor(
-        self, key: str, fields: dict[Any, Any], stored: dict[tuple[Any, Any], dict[Any, Any]]
+        self, key: str, fields: dict[Any, Any], stored: dict[tuple[str, str], dict[Any, Any]], machine: PickleMachine
     ) -> tuple[TensorEntry, list[Chunk]]:
         properties, shape, chunks = fields.get("properties"), fields.get("size"), fields.get("chunks")
         state = properties.state if type(properties) is Inert else None
@@ -149,11 +174,14 @@ class DcpReader:
             self._fail(f"tensor {brief(key)} has the shape {brief(shape)}, which is too large")
         found = []
         for chunk in chunks if type(chunks) is list else ():
+            machine.charge(OBJECT)  # tensors may share a list
             place = self._fields(chunk, "metadata.ChunkStorageMetadata")
             offsets, sizes = self._numbers(key, place.get("offsets")), self._numbers(key, place.get("sizes"))
-            info = stored.get((key, offsets if (key, offsets) in stored else None))
+            if 0 in sizes and len(sizes) == len(entry.shape):
+                continue
+            info = stored.pop((key, str(offsets)), None) or stored.pop((key, str(None)), None)
             if info is None:
-                self._fail(f"tensor {brief(key)}: the chunk at {offsets} is listed but not stored")
+                self._fail(f"tensor {brief(key)}: the chunk at {offsets} is listed but not stored, or listed twice")
             found.append(self._chunk(key, TensorEntry(sizes, dtype), offsets, info))
         return entry, found
 
@@ -166,8 +194,11 @@ class DcpReader:
         file = self._file(path)
         if begin < 0 or length < 0 or begin + length > file.size:
             self._fail(
-                f"tensor {brief(key)}: {length} bytes at byte {begin} are not within the {file.size} bytes of {path!r}"
+                f"tensor {brief(key)}: {length} bytes at byte {begin} are not within the {file.size} bytes of "
+                f"{brief(path)}"
             )
+        if entry.nbytes > length:
+            self._fail(f"tensor {brief(key)}: a chunk of {entry.nbytes} bytes cannot lie in {length} bytes of a file")
         return Chunk(key, file, begin, length, entry, offsets)
 
     def _file(self, path: str) -> ByteSource:
@@ -177,14 +208,18 @@ class DcpReader:
             self._files[path] = self._folder.child(path).open()
         return self._files[path]
 
-    def _stored(self, storages: dict[Any, Any]) -> dict[tuple[Any, Any], dict[Any, Any]]:
-        """Name of a tensor and place of a chunk in it -> where it is stored."""
+    def _stored(self, storages: dict[Any, Any], machine: PickleMachine) -> dict[tuple[str, str], dict[Any, Any]]:
+        """Name of a tensor and place of a chunk in it -> where it is stored.
+
+        Places are kept as text, because tuples of numbers can be chosen so that all their hashes are the same.
+        """
         found = {}
         for index, info in storages.items():
             fields = self._fields(index, "metadata.MetadataIndex")
             name, offset = fields.get("fqn"), fields.get("offset")
             if type(name) is str:
-                at = None if offset is None else self._numbers(name, offset)
+                at = str(None if offset is None else self._numbers(name, offset))
+                machine.charge(len(at))
                 found[name, at] = self._fields(info, "filesystem._StorageInfo")
         return found
 
@@ -204,23 +239,3 @@ class DcpReader:
 
     def _fail(self, problem: str) -> NoReturn:
         raise FileFormatError(f"{self.name}: cannot read this distributed checkpoint: {problem}")
-
-
-def _nested(tensors: dict[Any, Any], paths: Any) -> dict[Any, Any]:
-    """The dict of dicts that was saved, as far as it holds tensors; without paths, a flat one."""
-    top: dict[Any, Any] = {}
-    for key, what in tensors.items():
-        if type(key) is not str or type(what) is not Inert or not what.name.endswith("TensorStorageMetadata"):
-            continue
-        path = paths.get(key) if type(paths) is dict else None
-        if type(path) is not tuple or not 0 < len(path) <= 32 or not all(type(part) is str for part in path):
-            path = (key,)
-        inner = top
-        for part in path[:-1]:
-            below = inner.setdefault(part, {})
-            if type(below) is not dict:
-                break
-            inner = below
-        else:
-            inner[path[-1]] = _Described(key, what)
-    return top

@@ -24,7 +24,8 @@ MAX_PICKLE = 48 * 2**20
 """The longest pickle that is read, in bytes; one of 100,000 tensors has 12 to 20 million."""
 
 BUDGET = 320 * 2**20  # bytes of objects; 100,000 tensors take about 70 million
-_ITEM = 192
+_TABLE, _ITEM = 192, 96  # what the first item of a dict takes, and each further one with room for growth
+_MAX_NAME = 1024
 _MAX_TUPLE_KEYS = 4096
 _MAX_KEY = 2**60  # larger integers hash alike in any number, and make a dict of them quadratic
 
@@ -132,7 +133,7 @@ class PickleMachine:
         kind = type(key)
         if kind is not str:
             self._check_key(key)
-        self.charge(_ITEM)
+        self.charge(_ITEM if target else _TABLE)
         target[key] = value
 
     def _check_key(self, key: Any) -> None:
@@ -176,11 +177,11 @@ class PickleMachine:
         return self.data[at]
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + 1024)
+        end = self.data.find(b"\n", self.at, self.at + _MAX_NAME)
         if end < 0:
-            if self.at + 1024 > len(self.data):
+            if self.at + _MAX_NAME > len(self.data):
                 raise self.truncated()
-            self.fail("a name in it is longer than 1,024 bytes")
+            self.fail(f"a name in it is longer than {_MAX_NAME:,} bytes")
         line, self.at = self.data[self.at : end], end + 1
         return line.decode("utf-8")
 
@@ -205,6 +206,8 @@ class PickleMachine:
     def look_up(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             self.fail("a name in it is no text")
+        if len(module) + len(name) > _MAX_NAME:  # one long text could be a part of any number of names
+            self.fail(f"a name in it is longer than {_MAX_NAME:,} characters")
         self.charge(SMALL)
         self.stack.append(self.names.find(self, module, name))
 

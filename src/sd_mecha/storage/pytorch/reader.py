@@ -18,7 +18,7 @@ from sd_mecha.storage.pytorch.names import Storage, StoredTensor, TorchNames, Un
 from sd_mecha.storage.pytorch.pickle_machine import MAX_PICKLE, PickleMachine, TruncatedPickleError
 from sd_mecha.storage.pytorch.state_dicts import pick_state_dict
 from sd_mecha.storage.pytorch.tensors import Place, PlacedTensor, place_tensor
-from sd_mecha.storage.pytorch.zip_directory import Member, ZipDirectory
+from sd_mecha.storage.pytorch.zip_directory import MAX_DIRECTORY, Member, ZipDirectory
 from sd_mecha.storage.strict_json import brief
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -104,11 +104,20 @@ def open_content(file: ByteSource) -> TorchContent:
     Raises:
         FileFormatError: it is broken, or wants something that is not on the list.
     """
-    return _open_archive(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else _open_legacy(file)
+    return open_archive(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else _open_legacy(file)
 
 
-def _open_archive(file: ByteSource) -> TorchContent:
-    archive = ZipDirectory(file)
+def open_archive(file: ByteSource, largest: int | None = None) -> TorchContent:
+    """Read the pickle of a checkpoint that is a zip archive.
+
+    Args:
+        file: the archive.
+        largest: how many bytes its directory and its pickle may have each, if there is less to them than to a model's.
+
+    Raises:
+        FileFormatError: it is broken, or wants something that is not on the list.
+    """
+    archive = ZipDirectory(file, MAX_DIRECTORY if largest is None else largest)
     members = archive.members
     pickles = [match for match in map(_PICKLE.fullmatch, members) if match]
     if len(pickles) != 1:
@@ -119,7 +128,7 @@ def _open_archive(file: ByteSource) -> TorchContent:
     order = archive.read(members[f"{folder}/byteorder"], 64) if f"{folder}/byteorder" in members else b"little"
     if order.strip() not in (b"little", b"big"):
         _fail(file, f"its byte order is {brief(order)}; expected 'little' or 'big'")
-    raw = archive.read(members[pickles[0][0]], MAX_PICKLE)
+    raw = archive.read(members[pickles[0][0]], MAX_PICKLE if largest is None else largest)
     machine = PickleMachine(raw, TorchNames(), file.name)
     value = machine.run()
     if machine.at != len(raw):

@@ -59,8 +59,8 @@ def check_strided(offset: object, shape: object, strides: object, itemsize: int)
         if type(numbers) is not tuple or len(numbers) > _MAX_DIMS:
             raise ValueError(f"its {what} is no tuple of at most {_MAX_DIMS} numbers")
         for number in numbers:
-            if type(number) is not int or number < 0:
-                raise ValueError(f"its {what} holds other than whole numbers from 0 on")
+            if type(number) is not int or not 0 <= number <= _MAX_BYTES:
+                raise ValueError(f"its {what} holds other than whole numbers from 0 to {_MAX_BYTES}")
     assert type(shape) is tuple
     assert type(strides) is tuple
     if type(offset) is not int or offset < 0:

@@ -26,20 +26,22 @@ class Place:
     """Where the bytes of a storage begin. A header in front of them says so, read when they are first needed.
 
     Args:
-        locate: reads the header.
+        where: the place, or what reads the header; that is let go of afterwards.
         order: tells storages that lie earlier in the file from later ones.
     """
 
-    def __init__(self, locate: Callable[[], int], order: int) -> None:
-        self._locate = locate
-        self._offset: int | None = None
+    __slots__ = ("_where", "order")
+
+    def __init__(self, where: Callable[[], int] | int, order: int = 0) -> None:
+        self._where = where
         self.order = order
 
     @property
     def offset(self) -> int:
-        if self._offset is None:
-            self._offset = self._locate()
-        return self._offset
+        where = self._where
+        if not isinstance(where, int):
+            where = self._where = where()
+        return where
 
 
 @dataclass(frozen=True, slots=True)

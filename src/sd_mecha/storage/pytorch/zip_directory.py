@@ -14,7 +14,9 @@ from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.strict_json import brief
 
 MAX_MEMBERS = 500_000
-_MAX_DIRECTORY = 2**26  # bytes
+MAX_DIRECTORY = 2**26
+"""The longest directory that is read, in bytes."""
+
 _END = struct.Struct("<4s4H2LH")
 _END64_PLACE = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -39,13 +41,15 @@ class ZipDirectory:
 
     Args:
         file: the archive, which stays open.
+        largest: how many bytes the directory may have.
 
     Raises:
         FileFormatError: it is broken, or not of the plain kind.
     """
 
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, file: ByteSource, largest: int = MAX_DIRECTORY) -> None:
         self._file = file
+        self._largest = largest
         self.members: dict[str, Member] = {}
         count, size, offset = self._find()
         found: list[tuple[int, int, bytes]] = []
@@ -103,8 +107,8 @@ class ZipDirectory:
             end, disk, first_disk, here, count, size, offset = self._find64(end)
         if disk or first_disk or here != count:
             self._fail("it is one of an archive's several files")
-        if count > MAX_MEMBERS or size > _MAX_DIRECTORY:
-            limit = f"{MAX_MEMBERS} members and {_MAX_DIRECTORY} bytes of directory"
+        if count > MAX_MEMBERS or size > self._largest:
+            limit = f"{MAX_MEMBERS} members and {self._largest} bytes of directory"
             self._fail(f"it has {count} members in {size} bytes; expected at most {limit}")
         if count * _MEMBER.size > size or offset + size > end:
             self._fail(f"its directory of {count} members and {size} bytes at byte {offset} does not fit")
