@@ -23,12 +23,17 @@ SIGNATURE = "X-Amz-Signature=s3cret"
 
 Files = dict[str, bytes]
 
+_REPO = r"((?:datasets/|spaces/)?[^/]+/[^/]+)"
+
 
 class Hub:
     """What the hub has, and what was asked of it.
 
     Attributes:
-        repos: files by revision by repository; the commit of a revision is made of its files.
+        repos: files by revision by repository; the commit of a revision is made of its files. Names of data sets
+            and spaces begin with `datasets/` or `spaces/`.
+        history: files by commit by repository, of commits that somebody asked about. They stay when a revision
+            goes on, as they do there.
         private: repositories that are there for nobody without the token.
         gated: repositories whose files are given to nobody without the token.
         token: the one that is right.
@@ -39,6 +44,7 @@ class Hub:
 
     def __init__(self, storage: Site) -> None:
         self.repos: dict[str, dict[str, Files]] = {}
+        self.history: dict[str, dict[str, Files]] = {}
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.token = "hf_right"
@@ -50,9 +56,9 @@ class Hub:
 
     def files(self, repo: str, revision: str) -> Files | None:
         """The files of a branch, a tag or a commit, if there is one."""
-        revisions = self.repos[repo]
-        by_commit = {commit(files): files for files in revisions.values()}
-        return revisions.get(revision) or by_commit.get(revision)
+        revisions, history = self.repos[repo], self.history.setdefault(repo, {})
+        history |= {commit(files): files for files in revisions.values()}
+        return revisions.get(revision) or history.get(revision)
 
 
 def commit(files: Files) -> str:
@@ -96,14 +102,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _answer(self, path: str) -> None:
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        path = re.sub("^/api/models/", "/api/", path)
+        if found := re.fullmatch(rf"/api/{_REPO}(?:/revision/([^/]+))?", path):
             repo, _, files = self._files(found[1], found[2] or "main")
             self._send_json({"id": repo, "sha": commit(files), "private": repo in self.hub.private, "siblings": []})
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/([^/]+))?", path):
+        elif found := re.fullmatch(rf"/api/{_REPO}/tree/([^/]+)(?:/([^/]+))?", path):
             self._tree(self._files(found[1], found[2])[2], unquote(found[3] or ""))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(rf"/{_REPO}/resolve/([^/]+)/(.+)", path):
             self._resolve(*self._files(found[1], found[2]), unquote(found[3]))
-        elif found := re.fullmatch(r"/api/resolve-cache/models/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(rf"/api/resolve-cache/{_REPO}/([^/]+)/(.+)", path):
             self._small(self._files(found[1], found[2])[2][unquote(found[3])])
         else:
             raise _Refusal(404, "", "Sorry, we can't find the page you are looking for.")
@@ -161,7 +168,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.storage.files[place] = data
             self._send(302, b"Found", Location=f"{self.hub.storage.address}{place}?{SIGNATURE}", **headers)
         else:
-            place = f"/api/resolve-cache/models/{repo}/{commit(files)}/{quote(path)}"
+            place = f"/api/resolve-cache/{repo}/{commit(files)}/{quote(path)}"
             self._send(307, b"Temporary Redirect", Location=place, ETag=f'"{blob(data)}"', **headers)
 
     def _small(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -93,7 +94,27 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, tmp_path: Path) -> N
     for revision in ("v1", commit(hub.repos["me/two"]["v1"])):
         assert merged(output, ONE, f"hf://me/two@{revision}/a.safetensors") == expected
     hub.repos["me/two"]["refs/pr/7"] = single(3)
-    assert merged(output, ONE, "hf://me/two@refs/pr/7/a.safetensors") == expected
+    for revision in ("refs/pr/7", "refs%2Fpr%2F7"):
+        assert merged(output, ONE, f"hf://me/two@{revision}/a.safetensors") == expected
+
+
+def test_data_sets_and_spaces(hub: Hub, tmp_path: Path) -> None:
+    hub.repos |= {"datasets/me/data": {"main": sharded(1)}, "spaces/me/space": {"v1": single(2)}}
+    output = tmp_path / "out.safetensors"
+    expected = local(tmp_path, sharded(1), single(2))
+    assert merged(output, "hf://datasets/me/data", "hf://spaces/me/space@v1/a.safetensors") == expected
+
+
+def test_a_folder_is_listed_once_and_not_for_each_shard(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["me/shards"] = {"main": sharded(1, count=10)}
+    hub.repos["me/below"] = {"main": {f"inner/{name}": data for name, data in sharded(2, count=10).items()}}
+    locate("hf://me/shards").parent().child("other")
+    assert not hub.requests
+    merged(tmp_path / "out.safetensors", "hf://me/shards", "hf://me/below/inner")
+    paths = [path.partition("?")[0] for _, path, _, _ in hub.requests]
+    for repo in ("me/shards", "me/below"):
+        assert sum(path.startswith(f"/api/models/{repo}/tree/") for path in paths) <= 3
+        assert sum(path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main") for path in paths) <= 3
 
 
 def test_only_headers_and_needed_ranges_are_fetched(hub: Hub) -> None:
@@ -193,27 +214,70 @@ def test_signatures_of_the_storage_are_not_shown(hub: Hub, tmp_path: Path) -> No
     assert SIGNATURE.partition("=")[2] not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("now", "message"),
-    [
-        (single(9), r"changed while it was in use \(blob_id was"),
-        (single(9, keys=1), "changed while it was in use"),
-        ({"README.md": b""}, "vanished while it was in use"),
-    ],
-)
-def test_content_that_changes_meanwhile_fails_the_merge(hub: Hub, tmp_path, monkeypatch, now: Files, message) -> None:
-    fetch = remote_file._Content.fetch
-    count = 0
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Lets something happen while a merge reads."""
 
-    def changing(self, *args):
-        nonlocal count
-        count += 1
-        if count == 4:
-            hub.repos["me/one"]["main"] = now
-        return fetch(self, *args)
+    def arrange(happens: Callable[[], object]) -> None:
+        fetch, count = remote_file._Content.fetch, 0
 
-    monkeypatch.setattr(remote_file._Content, "fetch", changing)
-    with pytest.raises(ChangedInputError, match=rf"hf://me/one/a\.safetensors: {message}"):
+        def counting(self, *args):
+            nonlocal count
+            count += 1
+            if count == 4:
+                happens()
+            return fetch(self, *args)
+
+        monkeypatch.setattr(remote_file._Content, "fetch", counting)
+
+    return arrange
+
+
+@pytest.mark.parametrize("now", [single(9), single(9, keys=1), {"README.md": b""}])
+def test_a_repository_that_goes_on_meanwhile_is_read_as_it_was(hub: Hub, tmp_path: Path, meanwhile, now: Files) -> None:
+    output, expected = tmp_path / "out.safetensors", local(tmp_path, single(1), single(2))
+    meanwhile(lambda: hub.repos["me/one"].update(main=now))
+    assert merged(output, ONE, TWO) == expected
+    hub.repos["me/one"]["main"] = single(3)
+    assert merged(output, ONE, TWO) != expected
+
+
+def test_a_folder_is_of_one_commit(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["me/shards"] = {"main": sharded(1)}
+    folder = locate("hf://me/shards/model.safetensors.index.json").parent()
+    assert folder.is_folder()
+    hub.repos["me/shards"]["main"] = {"model-00001-of-00003.safetensors": b"new"}
+    shard = folder.child("model-00001-of-00003.safetensors")
+    file = shard.open()
+    assert file.read(0, file.size) == sharded(1)["model-00001-of-00003.safetensors"]
+    file.close()
+    assert len(shard.parent().children()) == 5
+    assert locate("hf://me/shards").children() == ["model-00001-of-00003.safetensors"]
+
+
+def test_what_tells_a_file_from_another_is_its_content(hub: Hub) -> None:
+    """A merge that goes on compares it; other files of the repository do not matter."""
+
+    def fingerprint() -> str:
+        file = locate(ONE).open()
+        file.close()
+        return file.fingerprint
+
+    before = fingerprint()
+    hub.repos["me/one"]["main"] = single(1) | {"README.md": b"# a better model"}
+    assert fingerprint() == before
+    hub.repos["me/one"]["main"] = single(9)
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize("repo", ["me/one", "me/two"])
+def test_content_that_is_deleted_for_good_meanwhile_fails_the_merge(hub: Hub, tmp_path, meanwhile, repo: str) -> None:
+    def delete() -> None:
+        hub.repos[repo]["main"] = {"README.md": b""}
+        hub.history[repo].clear()
+
+    meanwhile(delete)
+    with pytest.raises(ChangedInputError, match=rf"hf://{repo}/a\.safetensors: vanished while it was in use"):
         merged(tmp_path / "out.safetensors", ONE, TWO)
     assert not (tmp_path / "out.safetensors").exists()
 

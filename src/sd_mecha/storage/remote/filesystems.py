@@ -155,6 +155,8 @@ class FilesystemPlace:
         if isinstance(error, MechaError):
             raise error
         said, status = _said(error), _status(error)
+        if self._is_hub:
+            said = self._system.as_written(said)
         if isinstance(error, IsADirectoryError):
             raise ModelNotFoundError(f"model {self.name!r} is a folder; name a model file in it") from error
         if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -211,4 +213,8 @@ def _resolve(address: str) -> tuple[Any, str]:
     except Exception as error:  # every file system checks its addresses in its own way
         said = str(error).replace(address, name)
         raise MechaError(f"{name}: cannot be read as an address: {said}; check it") from error
+    if scheme == "hf":
+        from sd_mecha.storage.remote.hub import PinnedHub  # it needs a library that is an extra
+
+        system = PinnedHub(**system.storage_options, skip_instance_cache=True)
     return system, str(path)
