@@ -162,8 +162,14 @@ def _captured(function: Any) -> list[tuple[str, Any]]:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # not filled yet
             found.append((name, _plain(cell.cell_contents)))
-    names = [name for name in code.co_names if name in function.__globals__]
+    names = [name for name in _names(code) if name in function.__globals__]
     return [*found, *((name, _plain(function.__globals__[name])) for name in names)]
+
+
+def _names(code: CodeType) -> list[str]:
+    """The names that a function looks up, also those in generators and functions within it."""
+    inner = (name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant))
+    return list(dict.fromkeys([*code.co_names, *inner]))
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

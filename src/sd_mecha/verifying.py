@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sd_mecha.serialization import deserialize, deserialize_path
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import FLOAT4, is_integral
 from sd_mecha.storage.folders.joined import copied_tensors, lost_components
-from sd_mecha.storage.locations import is_address
+from sd_mecha.storage.locations import LocalLocation, Location, is_address
 from sd_mecha.units import format_size, such_as
 
 EMBEDDED = "embedded"
@@ -141,7 +142,7 @@ def verify(
         checksums = _checksums(reader, report)
         _check_tensors(reader, checksums.output, report, workers, allow_non_finite)
         if inputs:
-            _check_inputs(checksums.inputs, report, workers)
+            _check_inputs(checksums.inputs, location, report, workers)
         if against is not None:
             _check_recipe(reader, against, sample, secrets.randbits(32) if seed is None else seed, options, report)
     finally:
@@ -224,13 +225,13 @@ def _non_finite(raw: torch.Tensor, entry: TensorEntry) -> int:
     return int((~torch.isfinite(wide)).sum())
 
 
-def _check_inputs(checksums: Mapping[str, Mapping[str, str]], report: Report, workers: int) -> None:
+def _check_inputs(checksums: Mapping[str, Mapping[str, str]], location: Location, report: Report, workers: int) -> None:
     for path, expected in checksums.items():
         if is_address(path):
             report.notes.append(f"input {path!r} lies at an address and was not compared")
             continue
         try:
-            if model_dirs.locate(path).name == report.name:
+            if _share_a_place(model_dirs.locate(path), location):
                 report.notes.append(f"input {path!r} was replaced by this file and was not compared")
                 continue
             report.problems += _changes(path, expected, workers)
@@ -240,6 +241,14 @@ def _check_inputs(checksums: Mapping[str, Mapping[str, str]], report: Report, wo
             report.problems.append(f"input {path!r} cannot be compared: {_line(error)}")
         else:
             report.notes.append(f"input {path!r} was compared: {counted(expected)}")
+
+
+def _share_a_place(one: Location, other: Location) -> bool:
+    """Whether two models are the same file or folder, under whatever names, or one lies within the other."""
+    if not (isinstance(one, LocalLocation) and isinstance(other, LocalLocation)):
+        return False
+    first, second = (Path(os.path.realpath(place.path)) for place in (one, other))
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def _changes(path: str, expected: Mapping[str, str], workers: int) -> list[str]:

@@ -353,10 +353,28 @@ def scaled(factor: float) -> Any:
     return scaled
 
 
+def scaled_within(factor: float) -> Any:
+    """The same, with the factor looked up in a generator that the method makes."""
+    names: dict[str, Any] = {"FACTOR": factor, "STOP_AT": STOP_AT, "Interrupted": Interrupted, "__name__": __name__}
+    source = """
+def scaled_within(a, **kwargs):
+    if not a.is_meta and kwargs["key"] == STOP_AT[0]:
+        raise Interrupted
+    return sum(x * FACTOR for x in (a,))
+"""
+    exec(source, names)
+    function = names["scaled_within"]
+    function.__annotations__ = {"a": Parameter(torch.Tensor), "return": Return(torch.Tensor)}
+    return merge_method(register=False, identifier="scaled_within")(function)
+
+
 STOP_AT = [""]
 
 
-def test_another_value_in_the_same_program_starts_afresh(one: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaled", [scaled, scaled_within])
+def test_another_value_in_the_same_program_starts_afresh(
+    one: Path, tmp_path: Path, scaled: Callable[[float], Any]
+) -> None:
     output = tmp_path / "out.safetensors"
     STOP_AT[0] = "k07"
     with pytest.raises(Interrupted):

@@ -158,6 +158,23 @@ class TestChecksums:
         assert report.ok, report
         assert [note for note in report.notes if "was replaced by this file" in note]
 
+    @pytest.mark.parametrize("link", ["input", "output"])
+    def test_nor_is_one_that_it_replaced_under_another_name(self, folder: Path, link: str) -> None:
+        (folder / "link.safetensors").symlink_to("a.safetensors")
+        file, name = ("a.safetensors", "link") if link == "input" else ("link.safetensors", "a")
+        a, b = (sd_mecha.model(folder / f"{stem}.safetensors") for stem in (name, "b"))
+        sd_mecha.merge(sd_mecha.n_average(a, b), output=folder / file, checksums=True)
+        assert sd_mecha.verify(folder / file).ok
+
+    def test_nor_is_a_file_of_the_folder_that_it_replaced(self, folder: Path) -> None:
+        model = folder / "m"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        shutil.copy(folder / "a.safetensors", model / "model.safetensors")
+        a, b = sd_mecha.model(model / "model.safetensors"), sd_mecha.model(folder / "b.safetensors")
+        sd_mecha.merge(sd_mecha.n_average(a, b), output=f"{model}/", checksums=True)
+        assert sd_mecha.verify(model).ok
+
     def test_addresses_in_a_file_are_not_visited(self, tmp_path: Path) -> None:
         text = '{"algorithm":"sha256","output":{},"inputs":{"http://127.0.0.1:1/m":{"w":"00"}}}'
         save_file({}, tmp_path / "x.safetensors", {"mecha_checksums": text})
