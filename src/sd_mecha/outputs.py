@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from sd_mecha.checksums import CHECKSUMS_KEY, ChecksumWriter, tensors_read
-from sd_mecha.errors import OptionError, RecipeTypeError
+from sd_mecha.errors import OptionError, OutputError, RecipeTypeError
 from sd_mecha.extensions import model_dirs, model_formats
 from sd_mecha.extensions.model_formats import LocationFormat, ModelFormat, OutputRequest
 from sd_mecha.options import MergeOptions
@@ -22,6 +23,8 @@ from sd_mecha.recipes.tokens import quote
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import fingerprint
 from sd_mecha.storage.contract import Writer
+from sd_mecha.storage.dtypes import dtype_name, is_integral
+from sd_mecha.storage.locations import Location
 from sd_mecha.storage.memory import MemoryWriter
 from sd_mecha.storage.modules import ModuleWriter
 from sd_mecha.storage.quantised.scaled_fp8 import ScaledWriter
@@ -30,6 +33,9 @@ from sd_mecha.storage.remote.addresses import shown_path
 _logger = logging.getLogger("sd_mecha")
 
 RECIPE_KEY = "mecha_recipe"
+_RECIPE_SUFFIX = ".mecha"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a single slash is left of it where it was made a Path
+
 FOLDER_FORMAT = "huggingface"
 """The format of outputs that are folders, unless another is named."""
 PIPELINE_FORMAT = "diffusers"
@@ -50,6 +56,12 @@ def open_writer(output: Any, planned: Plan, target: int, options: MergeOptions) 
         OutputError, UnknownFormatError: no format writes such a path.
     """
     writer = _writer(output, planned, target, options)
+    dtype = options.output_dtype
+    if isinstance(dtype, torch.dtype) and is_integral(dtype):
+        _logger.warning(
+            "output_dtype=%s cuts off what lies behind the point, and what is too large comes out as another number; "
+            "it is no quantisation", dtype_name(dtype),
+        )  # fmt: skip
     if options.checksums:
         writer = ChecksumWriter(writer, tensors_read(planned, target), options.workers())
     return ScaledWriter(writer) if options.scaled_fp8 else writer
@@ -88,6 +100,7 @@ def _writer(output: Any, planned: Plan, target: int, options: MergeOptions) -> W
     if not isinstance(output, str | os.PathLike):
         expected = "a path, a mutable mapping, a torch module or None"
         raise OptionError(f"output must be {expected}, got a {type(output).__name__}")
+    _check_place(os.fspath(output))
     path = Path(model_dirs.resolve_output(output))
     size = options.shard_size
     request = OutputRequest(
@@ -95,9 +108,30 @@ def _writer(output: Any, planned: Plan, target: int, options: MergeOptions) -> W
         side_files=None if options.side_files is None else model_dirs.locate(options.side_files),
         resume=fingerprint(planned, target, options) if options.resume else None,
         checksums=options.checksums or None,
-        inputs=tuple(planned.models.locations),
+        inputs=tuple(_locations(planned, target)),
     )
     return _format(os.fspath(output), path, options, request).writer_for(path, request)
+
+
+def _locations(planned: Plan, target: int) -> Iterator[Location]:
+    """Where the models of a recipe lie, in its order."""
+    models = planned.models
+    nodes = (node for node in toposort(planned.roots[target]) if isinstance(node, ModelRecipeNode))
+    for index in dict.fromkeys(models.index[node] for node in nodes):
+        if index in models.locations:
+            yield models.locations[index]
+
+
+def _check_place(named: str) -> None:
+    """Refuse names that are surely a mistake."""
+    if _ADDRESS.match(named):
+        address = shown_path(named if "://" in named else named.replace(":/", "://", 1))
+        raise OutputError(f"output {address!r} is an address, and outputs are local: write a file, and copy it there")
+    if named.lower().endswith(_RECIPE_SUFFIX):
+        raise OutputError(
+            f"output {named!r} has the name of a recipe, and would take its place; name the model another way, such as "
+            f"{named[: -len(_RECIPE_SUFFIX)]}.safetensors"
+        )
 
 
 def _format(named: str, path: Path, options: MergeOptions, request: OutputRequest) -> ModelFormat:

@@ -32,7 +32,7 @@ class OpenModels:
 
     readers: list[Reader] = field(default_factory=list)
     index: dict[RecipeNode, int] = field(default_factory=dict)  # model node -> its place in `readers`
-    locations: list[Location] = field(default_factory=list)  # where those readers lie that do not lie in memory
+    locations: dict[int, Location] = field(default_factory=dict)  # where those readers lie that do not lie in memory
     _created: dict[tuple[int, ModelConfig], int | None] = field(default_factory=dict)
 
     def __getitem__(self, node: RecipeNode) -> Reader:
@@ -86,9 +86,9 @@ def open_models(*roots: RecipeNode) -> OpenModels:
                 problems.append(error)
                 continue
             by_source[source] = len(models.readers)
-            models.readers.append(reader)
             if where is not None:
-                models.locations.append(where)
+                models.locations[len(models.readers)] = where
+            models.readers.append(reader)
         models.index[node] = by_source[source]
     if problems:
         models.close()
