@@ -26,7 +26,7 @@ from sd_mecha.planning.plan import Plan
 from sd_mecha.planning.program import Load, Template
 from sd_mecha.recipes.nodes import ModelRecipeNode
 from sd_mecha.storage.buffers import byte_view
-from sd_mecha.storage.contract import Reader, TensorEntry, Writer
+from sd_mecha.storage.contract import Reader, TensorEntry, Writer, settle
 from sd_mecha.storage.remote.addresses import shown_path
 from sd_mecha.storage.strict_json import parse_object
 
@@ -136,6 +136,9 @@ class ChecksumWriter:
 
     def finished(self, name: str) -> None:
         getattr(self._writer, "finished", lambda name: None)(name)
+
+    def settle(self) -> None:
+        settle(self._writer)
 
     def commit(self) -> None:
         gone = self._writer.dropped

@@ -25,7 +25,7 @@ from sd_mecha.progress import NoProgress, RichProgress
 from sd_mecha.recipes.nodes import MergeRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import telling, unfinished
-from sd_mecha.storage.contract import Writer, check_unchanged
+from sd_mecha.storage.contract import Writer, check_unchanged, settle
 from sd_mecha.storage.dtypes import parse_dtype
 from sd_mecha.storage.memory import MemoryWriter
 
@@ -247,6 +247,8 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
         for reader in planned.readers:
             check_unchanged(reader)
         planned.close()  # before publishing: an input may be what is replaced
+        for writer in writers:  # so that what one of them lacks is not made again for the others
+            settle(writer)
         for writer in writers:
             writer.commit()
     for output in outputs:

@@ -26,6 +26,7 @@ from sd_mecha.serialization import deserialize, deserialize_path
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import FLOAT4, is_integral
 from sd_mecha.storage.folders.joined import copied_tensors, lost_components
+from sd_mecha.storage.folders.pipelines import absent_components, is_pipeline, pipeline_folder, unconfigured_components
 from sd_mecha.storage.locations import LocalLocation, Location, is_address
 from sd_mecha.units import format_size, such_as
 
@@ -138,7 +139,7 @@ def verify(
     try:
         report.tensors = len(reader.entries)
         report.nbytes = sum(entry.nbytes for entry in reader.entries.values())
-        _check_components(reader, report)
+        _check_components(reader, location, report)
         checksums = _checksums(reader, report)
         _check_tensors(reader, checksums.output, report, workers, allow_non_finite)
         if inputs:
@@ -150,10 +151,20 @@ def verify(
     return report
 
 
-def _check_components(reader: Reader, report: Report) -> None:
-    if lost := lost_components(reader):
-        count = f"{len(lost)} component{'s' * (len(lost) != 1)}"
-        report.problems.append(f"it has no weights of {count} that a merge made, {such_as(lost)}")
+def _check_components(reader: Reader, location: Location, report: Report) -> None:
+    lost, absent, unconfigured = lost_components(reader), [], []
+    if is_pipeline(location):
+        folder = pipeline_folder(location)
+        absent = [name for name in absent_components(folder) if name not in lost]
+        unconfigured = unconfigured_components(folder)
+    for names, problem in (
+        (lost, "it has no weights of {} that a merge made"),
+        (absent, "it has no files of {} that its model_index.json names"),
+        (unconfigured, "it has weights, but no config.json, of {}"),
+    ):
+        if names:
+            count = f"{len(names)} component{'s' * (len(names) != 1)}"
+            report.problems.append(f"{problem.format(count)}, {such_as(names)}")
     if copied := copied_tensors(reader):
         parts = dict.fromkeys(name.partition(".")[0] for name in reader.entries if name in copied)
         report.notes.append(

@@ -170,6 +170,43 @@ def test_two_recipes_never_share_an_output(recipes: list[str], output: str | Non
 
 
 @pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("r.mecha", "r.mecha has the name of a recipe: name the model r.safetensors"),
+        ("new.MECHA", "name the model new.safetensors"),
+        ("link.safetensors", "is the recipe r.mecha itself"),
+        ("hard.safetensors", "is the recipe r.mecha itself"),
+        ("file.safetensors/", "file.safetensors is a file: leave the slash out"),
+        ("new.safetensors/", "new.safetensors has the ending .safetensors of a file: leave the slash out"),
+        ("file.safetensors/x", "file.safetensors' is a file, and no folder"),
+        ("file.safetensors/x/y.safetensors", "file.safetensors' is a file, and no folder"),
+        ("nowhere/x.safetensors", "nowhere' is a link that leads nowhere, to 'gone', and no folder"),
+    ],
+)
+def test_an_output_that_is_surely_a_mistake_is_refused(
+    engine: Engine, tmp_path: Path, output: str, message: str
+) -> None:
+    (tmp_path / "link.safetensors").symlink_to("r.mecha")
+    (tmp_path / "hard.safetensors").hardlink_to(tmp_path / "r.mecha")
+    (tmp_path / "file.safetensors").write_text("a model")
+    (tmp_path / "nowhere").symlink_to("gone")
+    before = sorted(tmp_path.iterdir())
+    result = call("merge", "r.mecha", "-o", output)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert engine.outputs == {}
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_named_after_its_recipe_does_not_take_the_place_of_another(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "r.safetensors").symlink_to("s.mecha")
+    result = call("merge", "r.mecha", "s.mecha")
+    assert result.exit_code == 2
+    assert "is the recipe s.mecha itself" in result.stderr
+    assert engine.outputs == {}
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("merge",),

@@ -95,5 +95,11 @@ def test_what_is_neither_is_an_error_of_one_message(argument: str, message: str)
     assert message in result.stderr
 
 
+def test_a_link_that_leads_nowhere_is_not_taken_for_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to("gone")
+    assert "is a link that leads nowhere, to 'gone'" in call("model").stderr
+
+
 def test_a_stand_in_for_a_config_is_a_usage_error() -> None:
     assert call("infer").exit_code == 2

@@ -86,12 +86,28 @@ def test_json(folder: Path) -> None:
     assert not report["ok"]
 
 
+def test_a_file_that_cannot_be_opened_is_a_report_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "circle.safetensors").symlink_to("circle.safetensors")
+    files = ["a.safetensors", "gone.safetensors", "circle.safetensors", "b.safetensors"]
+    result = call("verify", *files, "--json")
+    assert result.exit_code == 1
+    reports = json.loads(result.stdout)
+    assert [Path(report["name"]).name for report in reports] == files
+    assert [report["ok"] for report in reports] == [True, False, False, True]
+    assert [len(report["problems"]) for report in reports] == [0, 1, 1, 0]
+    assert "does not exist in any of these directories" in reports[1]["problems"][0]
+    assert str(folder) in reports[1]["problems"][0]
+    assert "a link in a circle" in reports[2]["problems"][0]
+    text = call("verify", *files)
+    assert text.exit_code == 1
+    assert "gone.safetensors: 1 problem" in text.stdout
+    assert "b.safetensors: sound" in text.stdout
+
+
 def test_usage(folder: Path) -> None:
     assert call("verify").exit_code == 2
     assert "neither a number nor 'all'" in call("verify", folder / "mix.safetensors", "--sample", "few").stderr
-    gone = call("verify", folder / "gone.safetensors")
-    assert gone.exit_code == 1
-    assert "does not exist" in gone.stderr
     text = call("verify", folder / "mix.safetensors", "--against", folder / "gone.mecha")
     assert text.exit_code == 1
     assert "gone.mecha" in text.stderr

@@ -62,10 +62,44 @@ def test_missing_input_lists_the_places(places: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         model_dirs.resolve_input("sub/gone.safetensors")
     assert isinstance(caught.value, ModelNotFoundError)
-    for text in ("sub/gone.safetensors", str(places / "first"), str(places / "here")):
+    for text in (
+        "sub/gone.safetensors",
+        "--models-dir",
+        "sd_mecha.extensions.model_dirs.add_path()",
+        str(places / "first"),
+        str(places / "here"),
+    ):
         assert text in str(caught.value)
 
 
 def test_missing_absolute_input(places: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="does not exist"):
         model_dirs.resolve_input(places / "gone.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("nowhere", "leads nowhere, to 'nowhere'"), ("a.safetensors", "is a link in a circle")]
+)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_link_that_leads_nowhere_is_called_one(places: Path, target: str, what: str, absolute: bool) -> None:
+    model_dirs.add_path(places / "first")
+    link = places / "second/a.safetensors" if absolute else places / "first/a.safetensors"
+    link.symlink_to(target)
+    with pytest.raises(ModelNotFoundError) as caught:
+        model_dirs.resolve_input(link if absolute else "a.safetensors")
+    assert str(link) in str(caught.value)
+    assert what in str(caught.value)
+    assert "does not exist" not in str(caught.value)
+
+
+def test_a_link_on_the_way_is_named(places: Path) -> None:
+    (places / "here/models").symlink_to(places / "gone")
+    with pytest.raises(ModelNotFoundError, match="here/models' is a link that leads nowhere"):
+        model_dirs.resolve_input("models/a.safetensors")
+
+
+def test_a_link_to_another_directory_is_looked_for_in_the_next(places: Path) -> None:
+    model_dirs.add_path(places / "first")
+    (places / "first/a.safetensors").symlink_to("nowhere")
+    (places / "here/a.safetensors").touch()
+    assert model_dirs.resolve_input("a.safetensors") == places / "here/a.safetensors"

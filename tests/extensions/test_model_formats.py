@@ -51,7 +51,12 @@ def test_a_broken_safetensors_file_is_reported_by_its_reader(tmp_path: Path) -> 
         (b"<!DOCTYPE html><html>", "web page", "download"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS pointer", "git lfs pull"),
         (b"", "empty", "again"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "picture", "fetch the model"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "picture", "fetch the model"),
+        (b"Entry not found\n", "a text, which begins with 'Entry not found'", "download the model again"),
+        ("Zugang verweigert für ".encode() + "ü".encode() * 200, "begins with 'Zugang verweigert f", "again"),
         (b"\x00\x01random", "no known format", "check"),
+        (b"random\x00\x01", "no known format", "check"),
     ],
 )
 def test_unknown_files_are_described(tmp_path: Path, content: bytes, looks: str, next_step: str) -> None:
@@ -68,6 +73,48 @@ def test_directory_and_missing_path(tmp_path: Path) -> None:
         model_formats.find(tmp_path)
     with pytest.raises(ModelNotFoundError):
         model_formats.find(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["config.json"], "a directory; name a model file in it"),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            "'model-00001-of-00002.safetensors', without their index 'model.safetensors.index.json'; fetch that",
+        ),
+        (["pytorch_model-00002-of-00002.bin"], "without their index 'pytorch_model.bin.index.json'"),
+        (["model.fp16-00001-of-00002.safetensors"], "without their index 'model.safetensors.index.fp16.json'"),
+        (["own-00001-of-00002.safetensors", "own.safetensors.index.json"], "a directory; name a model file in it"),
+        (["__0_0.distcp", "__1_0.distcp"], "such as '__0_0.distcp', without '.metadata'"),
+    ],
+)
+def test_a_directory_that_is_nearly_a_model(tmp_path: Path, files: list[str], says: str) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UnknownFormatError) as caught:
+        model_formats.find(tmp_path)
+    assert says in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("../blobs/1", "leads nowhere, to '../blobs/1'"), ("model.safetensors", "in a circle")]
+)
+def test_a_directory_whose_weights_are_a_link_that_leads_nowhere(tmp_path: Path, target: str, what: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(UnknownFormatError) as caught:
+        model_formats.find(tmp_path)
+    assert "model.safetensors' is a link" in str(caught.value)
+    assert what in str(caught.value)
+
+
+def test_a_path_that_is_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    for name, target, what in (("a", "gone", "leads nowhere, to 'gone'"), ("b", "b", "in a circle")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(ModelNotFoundError, match=what):
+            model_formats.find(tmp_path / name)
 
 
 def test_output_that_asks_for_no_format_is_safetensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import sd_mecha
+from sd_mecha import merging
 from sd_mecha.errors import ChangedInputError, MechaError, OptionError, OutputError
 from sd_mecha.extensions.merge_methods import Parameter, Return, merge_method
+from sd_mecha.storage.placed_writer import PlacedWriter
 from tests.faults.support import OLD, many, only_file, read, refused, write_model
 
 THREADS = pytest.mark.parametrize("threads", [0, 2])
@@ -254,6 +256,61 @@ def test_several_outputs_go_on_together(average: Average, one: Path, other: Path
     assert sorted(os.listdir(old.parent)) == [old.name, second.name]
 
 
+@pytest.mark.parametrize("kind", ["files", "folders"])
+@pytest.mark.parametrize("options", [{}, {"checksums": True}, {"scaled_fp8": True}], ids=str)
+def test_all_outputs_are_durable_before_the_first_is_completed(
+    average: Average, one: Path, other: Path, old: Path, kind: str, options: dict[str, Any], monkeypatch: Any
+) -> None:
+    """The last steps of one output may be the last ones at all: nothing that the others have is made again."""
+    ending = ".safetensors" if kind == "files" else "/"
+
+    def merge() -> None:
+        recipes = {f"{old.parent}/{i}{ending}": average(model, other) for i, model in enumerate((one, other))}
+        sd_mecha.merge_many(recipes, threads=0, resume=True, tqdm=None, **options)
+
+    def interrupt(*args: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlacedWriter, "commit", interrupt)
+        patch.setattr(PlacedWriter, "abort", lambda self: self._output.release())
+        with pytest.raises(Interrupted):
+            merge()
+    assert len(average.made) == 20
+    average.made.clear()
+    merge()
+    assert not average.made
+
+
+def test_what_one_output_lacks_is_not_made_over_what_it_has(tmp_path: Path, monkeypatch: Any) -> None:
+    """One program makes a tensor of two outputs; one lacks it, so others have moved there; the other is incomplete."""
+    size = 400_000
+    tensors, spoilt = ({"aa": torch.randn(size).half(), "zz": torch.randn(size)} for _ in range(2))
+    spoilt["zz"][-1] = torch.nan
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"  # not sorted: what is left out is made last
+    torch.save(tensors, one)
+    torch.save(spoilt, other)
+
+    def merge(folder: str) -> list[bytes]:
+        paths = [tmp_path / folder / name for name in ("first.safetensors", "second.safetensors")]
+        paths[0].parent.mkdir(exist_ok=True)
+        recipes = [sd_mecha.n_average(sd_mecha.model(one), sd_mecha.model(m)) for m in (other, one)]
+        both = dict(zip(paths, recipes, strict=True))
+        sd_mecha.merge_many(both, threads=0, resume=True, tqdm=None, output_dtype=None, merge_dtype=None)
+        return [path.read_bytes() for path in paths]
+
+    def interrupt(*args: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        patch.setattr(PlacedWriter, "abort", lambda self: self._output.release())
+        patch.setattr(merging, "settle", lambda writer: None)  # or a disk that loses the end of a journal
+        with pytest.raises(Interrupted):
+            merge("interrupted")
+    assert merge("interrupted") == merge("whole")
+
+
 def test_matrices_as_fp8(average: Average, tmp_path: Path, old: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {f"blocks.{i}.weight": torch.randn(8, 6, generator=generator) for i in range(12)}
@@ -341,45 +398,3 @@ def test_a_second_merge_to_the_same_output_is_refused(
     assert {k: t.tolist() for k, t in read(old).items()} == {
         k: t.tolist() for k, t in sd_mecha.merge(average(one, other)).items() if k != "__metadata__"
     }
-
-
-def scaled(factor: float) -> Any:
-    @merge_method(register=False, identifier="scaled")
-    def scaled(a: Parameter(torch.Tensor), **kwargs: Any) -> Return(torch.Tensor):  # type: ignore[valid-type]
-        if not a.is_meta and kwargs["key"] == STOP_AT[0]:
-            raise Interrupted
-        return a * factor
-
-    return scaled
-
-
-def scaled_within(factor: float) -> Any:
-    """The same, with the factor looked up in a generator that the method makes."""
-    names: dict[str, Any] = {"FACTOR": factor, "STOP_AT": STOP_AT, "Interrupted": Interrupted, "__name__": __name__}
-    source = """
-def scaled_within(a, **kwargs):
-    if not a.is_meta and kwargs["key"] == STOP_AT[0]:
-        raise Interrupted
-    return sum(x * FACTOR for x in (a,))
-"""
-    exec(source, names)
-    function = names["scaled_within"]
-    function.__annotations__ = {"a": Parameter(torch.Tensor), "return": Return(torch.Tensor)}
-    return merge_method(register=False, identifier="scaled_within")(function)
-
-
-STOP_AT = [""]
-
-
-@pytest.mark.parametrize("scaled", [scaled, scaled_within])
-def test_another_value_in_the_same_program_starts_afresh(
-    one: Path, tmp_path: Path, scaled: Callable[[float], Any]
-) -> None:
-    output = tmp_path / "out.safetensors"
-    STOP_AT[0] = "k07"
-    with pytest.raises(Interrupted):
-        finish(scaled(2.0)(sd_mecha.model(one)), output, output_dtype=None, threads=0)
-    STOP_AT[0] = ""
-    finish(scaled(3.0)(sd_mecha.model(one)), output, output_dtype=None)
-    before = read(one)
-    assert all(torch.equal(tensor, 3 * before[key]) for key, tensor in read(output).items())

@@ -46,6 +46,33 @@ def make(transformers: Any, kind: str, seed: int, **changes: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **changes))
 
 
+def stable_diffusion(transformers: Any, diffusers: Any, seed: int, folder: Path) -> Any:
+    """A pipeline with random weights of its own; the folder is for the vocabulary that it reads."""
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=2, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4)
+    vocabulary = folder / "vocab"
+    vocabulary.mkdir(exist_ok=True)
+    words = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    (vocabulary / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (vocabulary / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=4, eos_token_id=5, pad_token_id=5,
+        )
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors in the files of a folder, as the reference implementation reads them."""
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}

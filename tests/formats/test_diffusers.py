@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import sd_mecha
 from sd_mecha.cli import main
 from sd_mecha.errors import ConfigError, FileFormatError, OptionError, OutputError
-from tests.formats.hugging import averaged, offline
+from sd_mecha.extensions.merge_methods import Parameter, Return, skip_key
+from tests.formats.hugging import averaged, offline, stable_diffusion
 
 INDEX = {
     "_class_name": "TinyPipeline",
@@ -132,6 +133,58 @@ def test_components_that_are_not_made_are_copied_only_on_request(two: tuple[Path
     assert unet["down_blocks.1.a.weight"].tolist() == [5.0] * 4
 
 
+def spoil(folder: Path, component: str, *keys: str) -> None:
+    """Put NaN into some tensors of a component, or into all of them."""
+    for file in (folder / component).glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({k: v * torch.nan if k in keys or not keys else v for k, v in tensors.items()}, file)
+
+
+def without(component: str) -> Any:
+    @sd_mecha.merge_method(register=False)
+    def skips_a_component(
+        a: Parameter(torch.Tensor),  # type: ignore[valid-type]
+        **kwargs: Any,
+    ) -> Return(torch.Tensor):  # type: ignore[valid-type]
+        if kwargs["key"].startswith(component) and not a.is_meta:
+            skip_key(kwargs["key"])
+        return a
+
+    return skips_a_component
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("why", ["skipped", "nan"])
+@pytest.mark.parametrize("options", [{}, {"checksums": True}, {"shard_size": 20}])
+def test_a_component_that_loses_every_tensor_is_not_replaced(
+    two: tuple[Path, Path], component: str, why: str, options: dict[str, Any]
+) -> None:
+    recipe = sd_mecha.n_average(*map(sd_mecha.model, two))
+    if why == "skipped":
+        recipe = without(component)(recipe)
+    else:
+        spoil(two[1], component)
+    before = {name: (two[0] / name).read_bytes() for name in files(two[0])}
+    with pytest.raises(
+        OutputError, match=rf"every tensor of component '{component}' was left out.*nothing was written.*omit_component"
+    ):
+        sd_mecha.merge(recipe, output=two[0], tqdm=None, **options)
+    assert {name: (two[0] / name).read_bytes() for name in files(two[0])} == before
+    assert {path.name for path in two[0].parent.iterdir()} == {"a", "b"}
+
+
+def test_a_component_that_loses_some_tensors_is_told_of(
+    two: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    averaged(*two, output=f"{tmp_path}/whole/")
+    assert not caplog.records
+    spoil(two[1], "unet", "down_blocks.1.a.weight")
+    averaged(*two, output=f"{tmp_path}/out/")
+    (told,) = [r.getMessage() for r in caplog.records if "out' lacks" in r.getMessage()]
+    assert "lacks 1 tensors that were left out while merging, such as 'unet.down_blocks.1.a.weight'" in told
+    assert "random" in told
+
+
 @pytest.fixture
 def partly_copied(two: tuple[Path, Path], tmp_path: Path) -> Path:
     """A pipeline whose UNet, listed first, was copied from the output of an earlier merge."""
@@ -174,6 +227,47 @@ def test_a_merged_component_without_weights_is_found(
     report = sd_mecha.verify(tmp_path / "out")
     assert report.problems == ["it has no weights of 1 component that a merge made, such as 'unet'"]
     assert report.tensors == 1  # the others are checked nevertheless
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize(
+    ("lost", "problem"),
+    [
+        ("scheduler", "it has no files of 1 component that its model_index.json names, such as 'scheduler'"),
+        ("text_encoder", "it has no files of 1 component that its model_index.json names, such as 'text_encoder'"),
+        ("unet/config.json", "it has weights, but no config.json, of 1 component, such as 'unet'"),
+    ],
+)
+def test_what_a_pipeline_names_and_lacks_is_found(
+    two: tuple[Path, Path], tmp_path: Path, ours: bool, lost: str, problem: str
+) -> None:
+    folder = two[0]
+    if ours:
+        folder = tmp_path / "out"
+        averaged(*two, output=f"{folder}/")
+        if lost == "text_encoder":
+            problem = "it has no weights of 1 component that a merge made, such as 'text_encoder'"
+    assert sd_mecha.verify(folder).ok
+    if (folder / lost).is_dir():
+        shutil.rmtree(folder / lost)
+    else:
+        (folder / lost).unlink()
+    for path in (folder, folder / "model_index.json"):
+        assert sd_mecha.verify(path).problems == [problem]
+
+
+def test_a_pipeline_does_not_replace_a_model_of_another_format(two: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    averaged(two[0] / "unet", output=f"{out}/")
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    with pytest.raises(OutputError, match=r"'huggingface' stands there.*'diffusers' does not.*another name.*--format"):
+        averaged(*two, output=out)
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    for name in files(out) - {"config.json"}:
+        (out / name).unlink()
+    averaged(*two, output=out)  # without weights it is no model
+    assert sd_mecha.verify(out).ok
+    averaged(*two, output=out)
 
 
 def test_the_configuration_of_a_copied_component_stays(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -292,29 +386,3 @@ def test_stable_diffusion_loads_with_a_copied_component(
     report = sd_mecha.verify(tmp_path / "out", against="embedded", sample=None)
     assert report.ok, report
     assert report.compared == len([key for key in averaged(tmp_path / "out") if key.startswith("text_encoder.")])
-
-
-def stable_diffusion(transformers: Any, diffusers: Any, seed: int, folder: Path) -> Any:
-    torch.manual_seed(seed)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=2, cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4)
-    vocabulary = folder / "vocab"
-    vocabulary.mkdir(exist_ok=True)
-    words = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    (vocabulary / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (vocabulary / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            bos_token_id=4, eos_token_id=5, pad_token_id=5,
-        )
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip

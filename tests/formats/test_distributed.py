@@ -136,7 +136,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_without_metadata_is_no_model(folder: Path) -> None:
     (folder / ".metadata").unlink()
-    with pytest.raises(UnknownFormatError, match="name a model file"):
+    with pytest.raises(UnknownFormatError, match=r"without '\.metadata', .*fetch that too"):
         sd_mecha.merge(sd_mecha.model(folder))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sd_mecha
-from sd_mecha.errors import OptionError
+from sd_mecha.errors import OptionError, OutputError
 from tests.formats.hugging import averaged, config_of, edit_config, loaded, make, offline, stored
 
 pytestmark = pytest.mark.slow  # the library takes seconds to import
@@ -39,12 +39,15 @@ def two(transformers: Any, kind: str, folder: Path, **changes: Any) -> tuple[Pat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_result_loads_with_its_class(transformers: Any, tmp_path: Path, kind: str, tied: bool) -> None:
+def test_the_result_loads_with_its_class(
+    transformers: Any, tmp_path: Path, kind: str, tied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = two(transformers, kind, tmp_path, tie_word_embeddings=tied)
     out = tmp_path / "out"
     averaged(a, b, output=out, shard_size=6000, output_dtype="bfloat16")
     assert (out / "model.safetensors.index.json").exists()
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    assert not caplog.records
     model = loaded(auto(transformers, kind), out)
     assert model.dtype == torch.bfloat16
     first, second = (auto(transformers, kind).from_pretrained(path).state_dict() for path in (a, b))
@@ -114,14 +117,71 @@ def test_only_the_dtype_of_the_config_changes(transformers: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("first", ["tied", "untied"])
-def test_a_tied_and_an_untied_model_make_one_that_loads(transformers: Any, tmp_path: Path, first: str) -> None:
+def test_a_tied_and_an_untied_model_make_one_that_loads(
+    transformers: Any, tmp_path: Path, first: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for name, tied in (("tied", True), ("untied", False)):
         make(transformers, "llama", 3, tie_word_embeddings=tied).save_pretrained(tmp_path / name)
     order = ["tied", "untied"] if first == "tied" else ["untied", "tied"]
     averaged(*(tmp_path / name for name in order), output=f"{tmp_path}/out/")
+    told = [record.getMessage() for record in caplog.records if "'lm_head.weight' is not made" in record.getMessage()]
+    assert len(told) == (first == "untied")  # the config of the other says tied already
+    assert all("says tie_word_embeddings: true" in text and "is lost" in text for text in told)
     model = loaded(transformers.AutoModelForCausalLM, tmp_path / "out")
     assert "lm_head.weight" not in stored(tmp_path / "out")  # one of the models has none
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("marker", "weights", "kind"),
+    [
+        ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "diffusers"),
+        ("adapter_config.json", "adapter_model.safetensors", "peft"),
+    ],
+)
+def test_a_folder_of_another_format_is_not_replaced(
+    transformers: Any, tmp_path: Path, marker: str, weights: str, kind: str
+) -> None:
+    a, b = two(transformers, "llama", tmp_path)
+    out = tmp_path / "out"
+    (out / weights).parent.mkdir(parents=True)
+    (out / marker).write_text("{}")
+    (out / weights).write_bytes(b"theirs")
+    step = "output_format='diffusers'" if kind == "diffusers" else "choose another name$"
+    with pytest.raises(OutputError, match=rf"'{kind}' stands there.*'huggingface' does not replace it.*{step}"):
+        averaged(a, b, output=out)
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {marker, weights}
+    assert (out / weights).read_bytes() == b"theirs"
+
+
+def test_a_folder_of_the_same_format_or_without_weights_is_replaced(transformers: Any, tmp_path: Path) -> None:
+    a, b = two(transformers, "llama", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    for _ in range(2):
+        averaged(a, b, output=out)
+        loaded(transformers.AutoModelForCausalLM, out)
+
+
+def test_what_a_folder_lacks_is_told_once(transformers: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spoilt = make(transformers, "llama", 1)
+    for layer in spoilt.model.layers:
+        layer.mlp.up_proj.weight.data[0, 0] = torch.inf
+    spoilt.save_pretrained(tmp_path / "a")
+    averaged(tmp_path / "a", output=f"{tmp_path}/out/")
+    (told,) = [record.getMessage() for record in caplog.records if "out' lacks" in record.getMessage()]
+    assert "lacks 2 tensors that were left out while merging, such as 'model.layers.0.mlp.up_proj.weight'" in told
+    assert "random" in told
+
+
+def test_a_model_that_loses_every_tensor_replaces_none(transformers: Any, tmp_path: Path) -> None:
+    a, _ = two(transformers, "llama", tmp_path)
+    spoilt = sd_mecha.model({key: tensor * torch.nan for key, tensor in stored(a).items()})
+    before = {path.name: path.read_bytes() for path in a.iterdir()}
+    with pytest.raises(OutputError, match=r"every tensor of the model was left out.*nothing was written"):
+        sd_mecha.merge(sd_mecha.n_average(sd_mecha.model(a), spoilt), output=a, tqdm=None)
+    assert {path.name: path.read_bytes() for path in a.iterdir()} == before
 
 
 def test_a_head_that_the_reference_shares_is_kept_where_the_result_has_its_own(

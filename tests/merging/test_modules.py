@@ -158,15 +158,41 @@ class TestOutput:
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
         assert not caplog.records
 
-    def test_dropped_tensors_stay(self, threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_a_parameter_without_a_result_is_an_error(
+        self, threads: int, shared: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
         net = Net()
         before = snapshot(net)
-        model = snapshot(Net(1)) | {"body.weight": torch.full((4, 4), torch.nan)}
-        with caplog.at_level(logging.WARNING, "sd_mecha"):
-            sd_mecha.merge(sd_mecha.model(model), output=net, threads=threads)
+        model: Any = snapshot(Net(1)) | {"body.weight": torch.full((4, 4), torch.nan)}
+        recipe = sd_mecha.model(model)
+        if shared:
+            recipe = sd_mecha.add_difference(recipe, net, sd_mecha.model(before))
+        with (
+            caplog.at_level(logging.WARNING, "sd_mecha"),
+            pytest.raises(
+                OutputError, match=r"1 of its 5 tensors got no result, such as 'body\.weight'.*fallback_model"
+            ),
+        ):
+            sd_mecha.merge(recipe, output=net, threads=threads)
         assert "'body.weight' left out of the result" in caplog.text
-        assert torch.equal(net.body.weight, before["body.weight"])
+        changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
+        assert "body.weight" not in changed
+        assert bool(changed) is not shared
+        assert ("the merge ended early: 4 of its 5 tensors are merged" in caplog.text) is not shared
+
+    def test_what_another_model_fills_in_is_a_result(self, threads: int) -> None:
+        net, model = Net(), snapshot(Net(1))
+        recipe = sd_mecha.model(model | {"body.weight": torch.full((4, 4), torch.nan)})
+        sd_mecha.merge(recipe, output=net, threads=threads, fallback_model=sd_mecha.model(snapshot(Net(2))))
+        assert torch.equal(net.body.weight, Net(2).body.weight)
         assert torch.equal(net.body.bias, model["body.bias"])
+
+    def test_another_name_of_a_tied_weight_may_be_dropped(self, threads: int) -> None:
+        net, model = Net(), snapshot(Net(1))
+        model["head.weight"] = torch.full((6, 4), torch.nan)
+        sd_mecha.merge(sd_mecha.model(model), output=net, threads=threads)
+        assert torch.equal(net.embed.weight, model["embed.weight"])
 
 
 def failing_at(model: Any, wanted: str) -> Any:

@@ -179,6 +179,9 @@ FOREIGN = {
     "pickle": (b"\x80\x02}q\x00(X\x06\x00\x00\x00weight", "pickle"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(32), "GGUF"),
     "JSON": (b'{"weight_map": {}}', "JSON text"),
+    "PNG": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01", "picture"),
+    "text": (b"Invalid credentials\n", "a text, which begins with 'Invalid credentials'; download"),
 }
 
 
@@ -188,6 +191,16 @@ def test_foreign_file_is_recognised(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=f"is not a safetensors file but .*{message}"):
         SafetensorsReader(path)
+
+
+@pytest.mark.parametrize("content", [bytes(range(200, 256)), bytes(64), b"\0\0\0"], ids=["random", "zeros", "short"])
+def test_what_is_nothing_known_is_first_said_to_be_no_safetensors_file(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError) as caught:
+        SafetensorsReader(path)
+    assert str(caught.value).startswith(f"{path}: this is no safetensors file, or a damaged one: ")
+    assert "download it again" in str(caught.value)
 
 
 def test_a_length_that_looks_like_a_pickle_is_still_a_length(tmp_path):

@@ -14,7 +14,7 @@ from sd_mecha.errors import OutputError
 from sd_mecha.storage import output_file, placed_writer
 from sd_mecha.storage.safetensors import SafetensorsWriter
 from tests.storage.support import entries_of, raw
-from tests.storage.test_journal import NAMES, TENSORS, begin, files, put, whole
+from tests.storage.test_journal import NAMES, TENSORS, begin, files, journal, put, whole
 
 
 @pytest.fixture
@@ -104,6 +104,34 @@ def test_more_may_be_left_out_after_each_of_many_interruptions(
     put(writer, {*NAMES} - writer.completed)
     writer.commit()
     assert path.read_bytes() == whole(path.parent, dropped)
+
+
+@pytest.mark.parametrize("dropped", ["t0", "big"])
+def test_making_again_what_is_missing_leaves_the_others_alone(
+    path: Path, dropped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes a tensor makes others, too: one that is left out, and whose place is taken, and complete ones."""
+    first = begin(path)
+    put(first, [name for name in NAMES if name != dropped])
+    first.drop(dropped)
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "abort", lambda self: None)
+        patch.setattr(output_file.OutputFile, "publish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            first.commit()
+    first._output.release()
+    with journal(path).open("a") as file:
+        file.write('["t3",false]\n')
+
+    second = begin(path)
+    assert second.completed == {*NAMES} - {"t3"}
+    for name in NAMES:
+        second.write(name, 0, memoryview(raw(TENSORS[name] if name == "t3" else TENSORS[name] + 1)))
+        second.finished(name)
+    with pytest.raises(KeyError):
+        second.read_back(dropped, 0, memoryview(bytearray(8)))
+    second.commit()
+    assert path.read_bytes() == whole(path.parent, [dropped])
 
 
 def test_what_was_being_moved_is_made_again_whatever_its_sample_says(

@@ -307,6 +307,28 @@ class TestFlushWhileWriting:
         output.discard()
         assert path.read_bytes() == OLD
 
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_interrupted_while_it_begins(self, path, monkeypatch, begun):
+        start, joined = threading.Thread.start, []
+
+        def interrupted(thread: threading.Thread) -> None:
+            if begun:
+                start(thread)
+                joined.append(thread)
+            raise KeyboardInterrupt
+
+        output = OutputFile(path)
+        output.create(20)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write(output, 0, bytes(20))
+        for thread in joined:
+            thread.join(10)
+        assert not output._flushing.locked()  # a test that waits for ever would say less
+        output.discard()
+        assert os.listdir(path.parent) == ["out.bin"]
+
     def test_no_thread_to_be_had(self, path, monkeypatch):
         def refuse(*args, **kwargs):
             raise RuntimeError("can't start new thread")

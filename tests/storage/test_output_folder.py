@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
-from sd_mecha.storage.folders import output_folder
 from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.output_file import OutputFile
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def nothing(path: str) -> bool:
-    return False
-
-
-def weights(path: str) -> bool:
-    return path.endswith(".safetensors")
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """The folder of a model that is there already."""
-    folder = tmp_path / "model"
-    (folder / "sub" / "empty").mkdir(parents=True)
-    (folder / "config.json").write_bytes(b"old")
-    (folder / "model.safetensors").write_bytes(b"old weights")
-    (folder / "notes.txt").write_bytes(b"mine")
-    (folder / ".hidden").write_bytes(b"mine too")
-    (folder / "sub" / "deep.txt").write_bytes(b"deep")
-    (folder / "link").symlink_to("notes.txt")
-    return folder
-
-
-@pytest.fixture(params=[True, False], ids=["exchange", "renames"])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In one step where the system can, and in several."""
-    monkeypatch.setattr(capabilities, "exchange", request.param and capabilities.exchange)
-    return iter(())
+from tests.storage.folder_support import contents, nothing, weights
 
 
 def test_a_new_folder_appears_at_once(tmp_path: Path, platform: str) -> None:
@@ -268,7 +234,7 @@ def test_a_folder_of_the_temporary_name_that_no_merge_made_is_refused(old: Path,
     own.mkdir()
     (own / "thesis").write_bytes(b"mine")
     for _ in range(2):
-        with pytest.raises(OutputError, match="something that no merge is known to have made; move or remove that"):
+        with pytest.raises(OutputError, match="something that no merge is known to have made; move that"):
             OutputFolder(old).create(keep)
         assert contents(own) == {"thesis": b"mine"}
         assert sorted(os.listdir(old.parent)) == [".model.part", "model"]
@@ -301,8 +267,9 @@ def test_a_merge_into_a_file_and_one_into_a_folder_exclude_each_other(tmp_path: 
     assert (tmp_path / "model").read_bytes() == b"12345678"
     (tmp_path / "model").unlink()
     (tmp_path / ".model.part").write_bytes(b"of a merge into a file that was killed")
+    (tmp_path / ".model.part.journal").write_bytes(b"and its journal")
     folder.create()
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="another merge is writing to it"):
         file.create(8)
     folder.put("x", b"1")
     folder.publish(nothing)
@@ -310,40 +277,61 @@ def test_a_merge_into_a_file_and_one_into_a_folder_exclude_each_other(tmp_path: 
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("fails", [1, 2])
-def test_the_old_folder_is_put_back_when_the_new_one_cannot_be_named(
-    old: Path, monkeypatch: pytest.MonkeyPatch, fails: int
-) -> None:
-    monkeypatch.setattr(capabilities, "exchange", False)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_merge_into_a_file_removes_what_one_into_a_folder_has_left(tmp_path: Path, exists: bool) -> None:
+    folder, file = OutputFolder(tmp_path / "model"), OutputFile(tmp_path / "model")
+    folder.create(keep=["x"])
+    folder.put("x", b"1")
+    Path(folder.journal("x")).write_bytes(b"journal")
+    folder.release()
+    if exists:
+        (tmp_path / "model").write_bytes(b"old")
+    file.create(8)
+    file.publish(8)
+    assert (tmp_path / "model").read_bytes() == bytes(8)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_merge_into_a_file_puts_back_the_old_folder_that_a_killed_one_has_moved(old: Path) -> None:
     before = contents(old)
-    output = OutputFolder(old)
-    output.create()
-    output.put("config.json", b"new")
-    rename: Callable[[str, str], None] = os.rename
-    calls = 0
-
-    def failing(source: str, target: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fails:
-            raise PermissionError(13, "denied")
-        rename(source, target)
-
-    monkeypatch.setattr(output_folder.os, "rename", failing)
-    with pytest.raises(OutputError, match="cannot be completed: denied"):
-        output.publish(nothing)
-    output.discard()
+    old.rename(old.parent / ".model.old")
+    (old.parent / ".model.part").mkdir()
+    (old.parent / ".model.part" / "x").write_bytes(b"new")
+    (old.parent / ".model.part.lock").write_bytes(b"part old")
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+        OutputFile(old).create(8)
     assert contents(old) == before
     assert os.listdir(old.parent) == ["model"]
 
 
-def test_files_are_copied_where_they_cannot_have_two_names(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: str, target: str) -> None:
-        raise OSError(95, "not supported")
+def test_an_old_folder_is_not_removed_for_a_file_that_has_its_name(old: Path) -> None:
+    before = contents(old)
+    old.rename(old.parent / ".model.old")
+    (old.parent / ".model.part").mkdir()
+    (old.parent / ".model.part.lock").write_bytes(b"part old")
+    old.write_bytes(b"somebody's")
+    output = OutputFile(old)
+    output.create(8)
+    output.discard()
+    assert contents(old.parent / ".model.old") == before
+    assert old.read_bytes() == b"somebody's"
 
-    monkeypatch.setattr(output_folder.os, "link", refuse)
-    output = OutputFolder(old)
-    output.create()
-    output.publish(weights)
-    assert contents(old)["sub/deep.txt"] == b"deep"
-    assert "model.safetensors" not in contents(old)
+
+def test_a_merge_into_a_file_leaves_a_folder_alone_that_no_merge_made(tmp_path: Path) -> None:
+    own = tmp_path / ".model.part"
+    own.mkdir()
+    (own / "thesis").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="no merge is known to have made; move that, or choose another name"):
+        OutputFile(tmp_path / "model").create(8)
+    assert contents(own) == {"thesis": b"mine"}
+    assert os.listdir(tmp_path) == [own.name]
+
+
+def test_a_file_of_the_name_of_the_lock_file_that_no_merge_made_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / ".model.part.lock"
+    own.write_bytes(b"mine")
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"part\.lock', .* holds something that no merge writes there; move that"):
+            OutputFolder(tmp_path / "model").create()
+        assert own.read_bytes() == b"mine"
+        assert os.listdir(tmp_path) == [own.name]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd_mecha.errors import ChangedInputError, FileFormatError, ModelAccessError, ModelNotFoundError
+from sd_mecha.errors import ChangedInputError, FileFormatError, ModelNotFoundError
 from sd_mecha.extensions.model_formats import open_model
 from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.folders import sharded
@@ -66,9 +66,11 @@ def test_an_index_at_an_address_leads_to_the_files_beside_it(tmp_path: Path) -> 
 
 def test_what_the_index_does_not_name_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = shards(tmp_path, {"weight_map": {"a": FIRST, "c": SECOND}})
-    with caplog.at_level(logging.DEBUG, "sd_mecha"):
+    with caplog.at_level(logging.WARNING, "sd_mecha"):
+        opened(index).close()
         reader = opened(index)
     assert set(reader.entries) == {"a", "c"}
+    assert len(caplog.records) == 1
     assert "1 tensors in its files are not in the index and are left out, such as 'b'" in caplog.text
     reader.close()
 
@@ -136,6 +138,13 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: Any, rule: str) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_path_that_leads_out_is_told_with_the_index_and_the_tensor(tmp_path: Path) -> None:
+    index = shards(tmp_path, {"weight_map": {"a": FIRST, "b": "../x.safetensors", "c": "../x.safetensors"}})
+    with pytest.raises(FileFormatError) as caught:
+        opened(index)
+    assert str(caught.value).startswith(f"{index}: tensor 'b': names a file '../x.safetensors'")
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     index = shards(tmp_path)
     save_file({"c": torch.zeros(3), "a": torch.ones(1)}, tmp_path / SECOND)
@@ -154,7 +163,15 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     index = shards(tmp_path)
     (tmp_path / SECOND).unlink()
     (tmp_path / SECOND).symlink_to(SECOND)
-    with pytest.raises((ModelAccessError, ModelNotFoundError), match=SECOND):
+    with pytest.raises(ModelNotFoundError, match=f"{SECOND}' is a link in a circle"):
+        opened(index)
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_called_one(tmp_path: Path) -> None:
+    index = shards(tmp_path)
+    (tmp_path / SECOND).unlink()
+    (tmp_path / SECOND).symlink_to("gone")
+    with pytest.raises(ModelNotFoundError, match=f"shard missing.*{SECOND}' is a link that leads nowhere, to 'gone'"):
         opened(index)
 
 

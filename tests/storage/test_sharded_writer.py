@@ -265,6 +265,7 @@ def test_the_old_folder_is_not_taken_for_one_to_go_on_with(
 
     with monkeypatch.context() as patch:
         patch.setattr(output_folder, "_exchange", killed)
+        patch.setattr(output_folder.OutputFolder, "_clean_up", lambda self, replaced: None)
         patch.setattr(ShardedWriter, "abort", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             writer.commit()

@@ -37,12 +37,13 @@ def reported(debug: bool) -> Iterator[None]:
             debug,
         )
     except (MechaError, OSError) as error:
-        _end(_message(error), error, debug)
+        _end(message_of(error), error, debug)
     except Exception as error:
-        _end(f"{type(error).__name__}: {_message(error)}\nRun again with --debug to see where.", error, debug)
+        _end(f"{type(error).__name__}: {message_of(error)}\nRun again with --debug to see where.", error, debug)
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """What is to be said of an error; notes follow on lines of their own."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, MechaError):
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror}"

@@ -151,7 +151,11 @@ def _is_file(text: str) -> bool:
     named = [config.identifier for config in model_configs.get_all()]
     return any(path.is_file() for path in paths) or (
         text not in (*named, "infer", "structural")
-        and (Path(text).suffix == ".safetensors" or len(Path(text).parts) > 1 or any(path.is_dir() for path in paths))
+        and (
+            Path(text).suffix == ".safetensors"
+            or len(Path(text).parts) > 1
+            or any(path.is_dir() or path.is_symlink() for path in paths)
+        )
     )
 
 

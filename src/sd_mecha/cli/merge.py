@@ -19,8 +19,10 @@ from sd_mecha.cli.options import (
     read_recipe,
     recipe_type,
 )
+from sd_mecha.storage.links import broken_link
 
 SUFFIX = ".safetensors"
+RECIPE = ".mecha"
 
 
 @click.command()
@@ -78,6 +80,7 @@ def merge(
         add_models_dirs(models_dirs)
         arguments = engine_arguments(**flags)
         nodes = [read_recipe(path) for path in recipes]
+        check_places(recipes, outputs)
 
         import sd_mecha
         from sd_mecha.logs import set_log_level
@@ -126,12 +129,23 @@ def output_paths(recipes: Sequence[Path], output: str | None, suffix: str = SUFF
         suffix: ending of a result that is named after its recipe; "" if it is a folder.
 
     Raises:
-        click.UsageError: several recipes would be written to one file.
+        click.UsageError: several recipes would be written to one file, or a file is named as if it were a folder, or
+            a model as if it were a recipe.
     """
+    if output is not None and not is_folder(output) and output.lower().endswith(RECIPE):
+        raise click.UsageError(
+            f"{output} has the name of a recipe: name the model {Path(output).with_suffix(suffix or SUFFIX)}"
+        )
     if output is None:
         paths = [recipe.with_suffix(suffix) for recipe in recipes]
     elif len(recipes) == 1 and not (suffix and is_folder(output)):
         paths = [Path(output)]
+    elif output.endswith(("/", os.sep)) and (Path(output).is_file() or (suffix and Path(output).suffix == suffix)):
+        what = "is a file" if Path(output).is_file() else f"has the ending {suffix} of a file"
+        raise click.UsageError(
+            f"{output} means a folder, by the slash at its end, and {Path(output)} {what}: leave the slash out, or "
+            "give a folder"
+        )
     elif Path(output).is_file() or (suffix and Path(output).suffix == suffix):
         raise click.UsageError(f"{len(recipes)} recipes cannot go into one file: give a folder instead of {output}")
     else:
@@ -143,6 +157,22 @@ def output_paths(recipes: Sequence[Path], output: str | None, suffix: str = SUFF
             raise click.UsageError(f"{writers[path]} and {recipe} would both be written to {path}")
         writers[path] = recipe
     return paths
+
+
+def check_places(recipes: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Refuse outputs that would take the place of a recipe, or lie in what is no folder.
+
+    Raises:
+        click.UsageError: naming the output.
+    """
+    for path in outputs:
+        for recipe in recipes:
+            if path.exists() and path.samefile(recipe):
+                raise click.UsageError(f"{path} is the recipe {recipe} itself: name the model another way")
+        blocking = next((folder for folder in path.parents if os.path.lexists(folder)), None)
+        if blocking is not None and not blocking.is_dir():
+            what = broken_link(blocking) or f"{str(blocking)!r} is a file"
+            raise click.UsageError(f"{path} cannot be written: {what}, and no folder")
 
 
 def is_folder(output: str) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from sd_mecha.cli.failures import FAILED, reported
+from sd_mecha.cli.failures import FAILED, message_of, reported
 from sd_mecha.cli.options import add_models_dirs, engine_arguments, read_recipe, remerge_options
+from sd_mecha.errors import MechaError, OptionError
 
 ALL = "all"
 
@@ -60,27 +61,33 @@ def verify(
     Reads every tensor once. Checksums are there in files that were merged with --checksums. To compare with a
     recipe, give the options that the file was merged with; the dtype is found in the file.
 
-    The exit code is 1 if anything is wrong with any FILE.
+    The exit code is 1 if anything is wrong with any FILE. One that cannot be opened does not keep the others from being
+    checked.
     """
     with reported(debug):
         add_models_dirs(models_dirs)
         arguments = engine_arguments(**flags)
 
         import sd_mecha
-        from sd_mecha.verifying import EMBEDDED
+        from sd_mecha.verifying import EMBEDDED, Report
 
         recipe: Any = against if against in (None, EMBEDDED) else read_recipe(Path(str(against)))
         reports = []
         for file in files:
-            report = sd_mecha.verify(
-                file,
-                against=recipe,
-                sample=sample,
-                seed=seed,
-                allow_non_finite=allow_non_finite,
-                inputs=not skip_inputs,
-                **arguments,
-            )
+            try:
+                report = sd_mecha.verify(
+                    file,
+                    against=recipe,
+                    sample=sample,
+                    seed=seed,
+                    allow_non_finite=allow_non_finite,
+                    inputs=not skip_inputs,
+                    **arguments,
+                )
+            except OptionError:  # it is the same for all files
+                raise
+            except (MechaError, OSError) as error:
+                report = Report(file, problems=[" ".join(message_of(error).split("\n  "))])
             reports.append(report)
             if not as_json:
                 click.echo(str(report))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sd_mecha.errors import ModelNotFoundError
 from sd_mecha.storage import locations
+from sd_mecha.storage.links import broken_link
 from sd_mecha.storage.locations import Location
 
 _lock = threading.Lock()
@@ -44,10 +45,7 @@ def normalize_path(path: AnyPath) -> Path:
     A relative path is looked up in the model directories in order, then in the working directory. One that
     exists nowhere is returned as an absolute path into the first place searched.
     """
-    path = Path(os.path.expanduser(path))
-    if path.is_absolute():
-        return path
-    places = [directory / path for directory in _search_path()]
+    places = _places(path)
     return next((place for place in places if place.exists()), places[0])
 
 
@@ -55,17 +53,21 @@ def resolve_input(path: AnyPath) -> Path:
     """Return the existing file or directory that an input path leads to.
 
     Raises:
-        ModelNotFoundError: it exists nowhere; the message lists the places searched.
+        ModelNotFoundError: it exists nowhere; the message lists the places searched, or names a link that leads
+            nowhere.
     """
     found = normalize_path(path)
     if found.exists():
         return found
+    if link := next(filter(None, map(broken_link, _places(path))), None):
+        raise ModelNotFoundError(f"model {os.fspath(path)!r} cannot be read: {link}; mend it, or correct the path")
     if Path(os.path.expanduser(path)).is_absolute():
         raise ModelNotFoundError(f"model {str(found)!r} does not exist; check the path")
     searched = "".join(f"\n  {directory}" for directory in _search_path())
     raise ModelNotFoundError(
         f"model {os.fspath(path)!r} does not exist in any of these directories; correct the path, or add the "
-        f"directory that holds it with model_dirs.add_path():{searched}"
+        "directory that holds it (--models-dir on the command line, sd_mecha.extensions.model_dirs.add_path() in "
+        f"Python):{searched}"
     )
 
 
@@ -82,6 +84,12 @@ def locate(path: AnyPath) -> Location:
 def resolve_output(path: AnyPath) -> Path:
     """Return where an output goes: a relative path into the first model directory, if there is any."""
     return _search_path()[0] / os.path.expanduser(path)
+
+
+def _places(path: AnyPath) -> list[Path]:
+    """Where an input path may lead, in order."""
+    path = Path(os.path.expanduser(path))
+    return [path] if path.is_absolute() else [directory / path for directory in _search_path()]
 
 
 def _search_path() -> list[Path]:

@@ -17,7 +17,9 @@ from sd_mecha.extensions.model_dirs import AnyPath
 from sd_mecha.extensions.output_requests import OutputRequest
 from sd_mecha.extensions.registry import Registry
 from sd_mecha.storage.contract import Reader, Writer
+from sd_mecha.storage.folders.incomplete import describe_folder
 from sd_mecha.storage.foreign import HEAD_SIZE, describe_foreign
+from sd_mecha.storage.links import broken_link
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.remote.addresses import is_web
 
@@ -199,7 +201,7 @@ def open_model(location: Location, *, without: str = "") -> Reader:
         if model_format.recognises(location):
             return model_format.open(location)
     if location.is_folder():
-        look = "a folder; name a model file in it"
+        look = f"a folder{describe_folder(location)}"
     elif location.is_file():
         look = describe_foreign(location.head) or _UNKNOWN
     else:
@@ -236,12 +238,16 @@ def for_output(path: AnyPath) -> ModelFormat:
 def _look(path: Path) -> str:
     """Return what an unrecognised path is, and what to do about it."""
     if path.is_dir():
-        return "a directory; name a model file in it"
+        return f"a directory{describe_folder(LocalLocation(path))}"
     if path.exists() and not path.is_file():  # reading a pipe would wait for somebody to write into it
         return "neither a file nor a directory; name a model file"
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_SIZE)
-    except FileNotFoundError:
+    except OSError as error:
+        if link := broken_link(path):
+            raise ModelNotFoundError(f"model {str(path)!r} cannot be read: {link}; mend the link") from None
+        if not isinstance(error, FileNotFoundError):
+            raise
         raise ModelNotFoundError(f"model {str(path)!r} does not exist; check the path") from None
     return describe_foreign(head) or _UNKNOWN

@@ -10,6 +10,9 @@ from typing import Any
 from sd_mecha.errors import OptionError
 from sd_mecha.storage.locations import Location
 
+_FOLDER = "write a folder, with output_format='huggingface' (--format huggingface)"
+_INSTEAD = dict.fromkeys(("checksums", "resume"), "name an output that ends in .safetensors")
+
 
 @dataclass(frozen=True)
 class OutputRequest:
@@ -47,5 +50,5 @@ class OutputRequest:
                 shown = "" if name in ("resume", "checksums") else f"={getattr(value, 'name', value)!r}"
                 raise OptionError(
                     f"{name}{shown}: the format {identifier!r} of output {str(path)!r} has nothing of that kind; "
-                    "leave it out, or choose another format or a name without an ending, which is a folder"
+                    f"leave it out, or {_INSTEAD.get(name, _FOLDER)}"
                 )

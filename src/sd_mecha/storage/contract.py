@@ -97,7 +97,8 @@ class Writer(Protocol):
     """A destination that shows either all declared tensors or, before commit and after abort, none.
 
     It may also have `completed`, the names that an earlier run has finished, known after `declare`; and
-    `finished(name)`, which is called when all of a tensor is written and it is not dropped.
+    `finished(name)`, which is called when all of a tensor is written and it is not dropped; and `settle()`, see the
+    function of that name.
     """
 
     def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
@@ -123,6 +124,15 @@ def check_unchanged(reader: Reader) -> None:
         ChangedInputError: it was.
     """
     getattr(reader, "check_unchanged", lambda: None)()
+
+
+def settle(writer: Writer) -> None:
+    """Make all that is complete durable and note it for a run that goes on from there, where the writer can.
+
+    Raises:
+        OutputError: the disk refused.
+    """
+    getattr(writer, "settle", lambda: None)()
 
 
 def flat_bytes(buffer: memoryview) -> memoryview:

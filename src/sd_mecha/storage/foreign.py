@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 HEAD_SIZE = 256
 """How many leading bytes `describe_foreign` wants to see."""
 
@@ -26,10 +28,13 @@ _STARTS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
         (b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\xfd7zXZ\x00", b"BZh", b"\x28\xb5\x2f\xfd"),
         "a compressed archive; unpack it first",
     ),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "a picture, such as the preview of a model; fetch the model itself"),
     (b"GGUF", "a GGUF file, which is a format of its own; open it as a model, not as part of another"),
     (b"{", "a JSON text, such as the index of a model in several parts, without tensors in it"),
 )
 _TAR_MEMBERS = (b"sys_info", b"pickle", b"tensors", b"storages")  # names of the first one, filled up with NULs
+_SHORTEST_TEXT = 8  # a few bytes may mean anything
+_SHOWN = 40
 _HTML_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
 
 
@@ -46,4 +51,17 @@ def describe_foreign(head: bytes) -> str | None:
         return (
             "a tar archive as PyTorch before 0.2 wrote, which cannot be read; load it with torch.load and save it again"
         )
-    return next((what for start, what in _STARTS if head.startswith(start)), None)
+    return next((what for start, what in _STARTS if head.startswith(start)), None) or _text(head)
+
+
+def _text(head: bytes) -> str | None:
+    if len(head) < _SHORTEST_TEXT:
+        return None
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # its last letter may be cut in two
+    except UnicodeDecodeError:
+        return None
+    if not all(letter.isprintable() or letter in "\t\r\n\f" for letter in text):
+        return None
+    shown = text.strip()[:_SHOWN]
+    return f"a text, which begins with {shown!r}; download the model again, or check what it is"

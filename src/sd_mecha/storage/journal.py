@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from sd_mecha.storage.disk import sync_folder
+
 _logger = logging.getLogger("sd_mecha")
 
 VERSION = 2
@@ -75,7 +77,6 @@ class Journal:
         """Open it for writing: behind what was read if the temporary file is kept, else a new one."""
         if kept:
             self._descriptor = os.open(self.path, os.O_WRONLY | _FLAGS)
-            os.ftruncate(self._descriptor, self._end)
             return
         self.done, self.moved = {}, {}
         with contextlib.suppress(FileNotFoundError):
@@ -119,6 +120,7 @@ class Journal:
             self.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+            sync_folder(os.path.dirname(self.path))
 
     def close(self) -> None:
         """Write no more; the file stays."""
@@ -129,12 +131,13 @@ class Journal:
 
     def _write(self, lines: Iterable[Any]) -> None:
         data = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        os.ftruncate(self._descriptor, self._end)  # a line that was torn, or what an interrupted call has written
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
-        self._end += len(data)
         view = memoryview(data)
         while view:
             view = view[os.write(self._descriptor, view) :]
         os.fsync(self._descriptor)
+        self._end += len(data)
 
     def _read(self) -> Any:
         """Its lines one after the other, up to the first that is none; `_end` is behind those that were taken."""

@@ -142,7 +142,7 @@ def _open_leftover(path: str) -> int | None:
             os.close(descriptor)
     except FileNotFoundError:
         return None
-    raise OSError(errno.EEXIST, f"its temporary name {path!r} leads to something else than a file; remove that")
+    raise OSError(errno.EEXIST, f"its temporary name {path!r} leads to something else than a file; move that")
 
 
 def _is_own(descriptor: int) -> bool:

@@ -24,8 +24,8 @@ class ModuleWriter:
 
     The names are those of the module's state dict, and the result must have all of them and no other, as
     `load_state_dict(strict=True)` asks. Where several names stand for one tensor, as tied weights do, one of them is
-    enough, and the first counts. What was dropped stays as it is in the module, and so does whether a parameter
-    requires a gradient. A module keeps no metadata.
+    enough, and the first counts. Where one was dropped, commit fails. Whether a parameter requires a gradient stays as
+    it is. A module keeps no metadata.
 
     A tensor is copied when it is finished, so that no more is in memory than what is being computed. A failure then
     leaves some parameters merged and some not, which is said in a warning.
@@ -44,6 +44,7 @@ class ModuleWriter:
         self._targets: dict[str, Tensor] = {}
         self._buffers = MemoryWriter({})
         self._left: set[str] = set()
+        self._dropped: set[str] = set()
         self._held: dict[str, Tensor] = {}
         self._copied: set[str] = set()
 
@@ -73,16 +74,16 @@ class ModuleWriter:
         self._buffers.write(name, start, buffer)
 
     def drop(self, name: str) -> None:
-        """Leave what the module has under that name."""
-        self._buffers.drop(name)
-        self._left.discard(name)
+        """State that the module gets nothing under that name."""
+        self._dropped.add(name)
+        self._let_go(name)
 
     def finished(self, name: str) -> None:
         """Copy that result, which is complete, into the module, or hold it; a dropped one is none."""
         if name not in self._left:
             return
         result, target = self._buffers.complete(name), self._targets.get(name)
-        self.drop(name)
+        self._let_go(name)
         if target is None:  # another name of the tensor counts
             return
         if self._hold:
@@ -94,8 +95,14 @@ class ModuleWriter:
         """Copy what is not in the module yet.
 
         Raises:
-            OutputError: a result is incomplete, or a tensor of the module cannot be written into.
+            OutputError: a result is incomplete or was dropped, or a tensor of the module cannot be written into.
         """
+        if lost := [name for name in self._targets if name in self._dropped]:
+            raise OutputError(
+                f"output {self.name}: {len(lost)} of its {len(self._targets)} tensors got no result, {such_as(lost)}, "
+                "as they were left out while merging; give another model that has them, such as fallback_model=, or "
+                "merge into a dict"
+            )
         for name in self._left:
             self._buffers.complete(name)
         for name in list(self._left):
@@ -115,6 +122,10 @@ class ModuleWriter:
         self._copied = set()
         self._left, self._held = set(), {}
         self._buffers.abort()
+
+    def _let_go(self, name: str) -> None:
+        self._buffers.drop(name)
+        self._left.discard(name)
 
     def _copy(self, name: str, result: Tensor) -> None:
         self._copied.add(name)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from sd_mecha.errors import OutputError, OutputFolderError
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.disk import refusal, reporting, sync_folder
+from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.locks import claim, leads_to, part_name, remove
 
 _COPY_SIZE = 8 << 20
@@ -102,13 +103,21 @@ class OutputFile:
                 behind but what was there.
         """
         self.locate()
+        if os.path.isdir(self.temporary):  # of a merge into a folder of this name
+            OutputFolder(self.path).make_way()
+            self.locate()  # that may have put the old folder back
         kept = False
+
+        def goes_on() -> bool:  # a new file stays empty until the journal of the one before is gone for good
+            return keep is not None and os.lstat(self.temporary).st_size > 0 and keep()
+
         try:
             with reporting(self.path, "cannot be created"):
-                self._descriptor, kept = claim(self.temporary, keep)
+                self._descriptor, kept = claim(self.temporary, goes_on)
                 self._claimed, self._flushed_at = True, time.monotonic()
                 if not kept:
                     self._remove_journal()
+                    self.sync_folder()
             with reporting(self.path, f"has no room for {size} bytes"):
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     self._mode = stat.S_IMODE(os.stat(self._target).st_mode)
@@ -186,9 +195,9 @@ class OutputFile:
         with contextlib.suppress(OSError):  # everything is on the disk
             self._close()
         if self._journal is None:
+            self.sync_folder()  # before the journal goes: should the new name not last, the old one is gone on with
             with contextlib.suppress(OSError):
                 self._remove_journal()
-            self.sync_folder()
 
     def discard(self) -> None:
         """Remove the temporary file and its journal, if there are any of this output."""
@@ -260,16 +269,23 @@ class OutputFile:
             view = view[_progress(os.write(self._descriptor, view)) :]
 
     def _start_flush(self) -> None:
-        if not self._flushing.acquire(blocking=False):
+        if self._flushing.locked():
             return  # one at a time
         self._unflushed, self._flushed_at = 0, time.monotonic()
-        try:
-            threading.Thread(target=self._flush, name="sd-mecha-flush", daemon=True).start()
-        except RuntimeError:  # no more threads: only the final sync takes longer
-            self._flushing.release()
+        begun = threading.Event()
+        with contextlib.suppress(RuntimeError):  # no more threads: only the final sync takes longer
+            threading.Thread(target=self._flush, args=(begun,), name="sd-mecha-flush", daemon=True).start()
+            begun.wait()
 
-    def _flush(self) -> None:
+    def _flush(self, begun: threading.Event) -> None:
+        """Run in a thread of its own, which takes the lock itself: ctrl-C cannot get between that and letting go."""
+        taken = self._flushing.acquire(blocking=False)
+        begun.set()
+        if not taken:
+            return
         try:
+            if self._descriptor < 0:
+                return
             after = self._mark()
             if capabilities.fdatasync:
                 os.fdatasync(self._descriptor)
@@ -282,7 +298,8 @@ class OutputFile:
             self._flushing.release()
 
     def _mark(self) -> Callable[[], object]:
-        return (lambda: None) if self.on_flush is None else self.on_flush()
+        on_flush = self.on_flush
+        return (lambda: None) if on_flush is None else on_flush()
 
     def _sync(self) -> None:
         if self._flush_error is not None:  # the system reports a failed write-back once: another sync would succeed

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple, NoReturn
 
@@ -65,7 +64,7 @@ class PlacedWriter(ABC):
         self._dropped: set[str] = set()
         # Lengths of the writes of each tensor; appending to a list needs no lock.
         self._written: dict[str, list[int]] = {}
-        self._pending: deque[str] = deque()  # complete, or dropped, but not in the journal yet
+        self._pending: list[str] = []  # complete, or dropped, but not in the journal yet
 
     @property
     def dropped(self) -> Set[str]:
@@ -102,7 +101,10 @@ class PlacedWriter(ABC):
         self._recall()
 
     def write(self, name: str, start: int, buffer: memoryview) -> None:
-        """Store the buffer at byte `start` of that tensor.
+        """Store the buffer at byte `start` of that tensor, unless it is dropped or was completed by an earlier run.
+
+        What makes a tensor that is missing may make others again, and first in a way that turns out to be wrong. By
+        now another tensor may have moved to the place of one that is dropped.
 
         Raises:
             OutputError: the disk refused.
@@ -110,12 +112,14 @@ class PlacedWriter(ABC):
         view = flat_bytes(buffer)
         offset, nbytes = self._place(name)
         check_range(name, start, len(view), nbytes)
-        if view:
+        if view and name not in self._dropped and name not in self.completed:
             self._output.write_at(offset + start, view)
             self._written[name].append(len(view))
 
     def read_back(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill the buffer from byte `start` of a tensor that was written, before commit."""
+        """Fill the buffer from byte `start` of a tensor that was written and not dropped, before commit."""
+        if name in self._dropped:
+            raise KeyError(name)
         view = flat_bytes(buffer)
         offset, nbytes = self._place(name)
         check_range(name, start, len(view), nbytes)
@@ -131,7 +135,8 @@ class PlacedWriter(ABC):
     def finished(self, name: str) -> None:
         """State that all of a tensor is written, so that a later run can build on it."""
         self._place(name)
-        self._note(name)
+        if name not in self._dropped:
+            self._note(name)
 
     def amend(self, metadata: Mapping[str, str]) -> None:
         """Replace the metadata that was declared, before commit.
@@ -182,6 +187,11 @@ class PlacedWriter(ABC):
         journal = self._journal
         if journal is None:
             self._output.discard()
+            return
+        if not os.path.lexists(self._output.temporary):  # it has its final name already, or somebody removed it
+            self._output.discard()
+            self._journal = None
+            journal.close()
             return
         try:
             self._output.sync()
@@ -245,12 +255,13 @@ class PlacedWriter(ABC):
 
     def _mark(self) -> Callable[[], None]:
         """Called before a flush: what to add to the journal after it."""
-        names = [self._pending.popleft() for _ in range(len(self._pending))]
+        names = self._pending[:]
 
         def after() -> None:
             if self._journal is not None and names:
                 lines: list[Line] = [(n, None if n in self._dropped else self._sample(n)) for n in names]
                 self._journal.append(lines)
+            del self._pending[: len(names)]  # not before: the flush may be interrupted
 
         return after
 

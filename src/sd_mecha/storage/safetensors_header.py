@@ -50,12 +50,14 @@ def header_size(head: bytes, file_size: int, source: str) -> int:
         problem = f"header too large: got {length} bytes, expected at most {MAX_HEADER_SIZE}"
     elif length > room:
         problem = f"header longer than the file: got {length} bytes, expected at most the {room} that follow"
-        problem += "; the file is truncated, fetch it again"
+        raise FileFormatError(f"{source}: {problem}; the file is truncated, fetch it again")
     elif length < 2:
         problem = f"header too short: got {length} bytes, expected a JSON object"
     else:
         return int(length)
-    raise FileFormatError(f"{source}: {problem}")
+    raise FileFormatError(
+        f"{source}: this is no safetensors file, or a damaged one: {problem}; download it again, or check what it is"
+    )
 
 
 def parse_header(raw: bytes, data_size: int, source: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sd_mecha.builtin.formats.folders import files_along, open_weights, reference
+from sd_mecha.builtin.formats.folders import check_kind, files_along, open_weights, reference
 from sd_mecha.errors import OptionError, OutputError
 from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, register_model_format
 from sd_mecha.storage.contract import Reader, TensorEntry
@@ -49,6 +49,7 @@ class DiffusersFormat(LocationFormat):
             raise
 
     def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
+        check_kind(path, self)
         folder = reference(request, PIPELINE)
         if folder is None:
             raise OptionError(

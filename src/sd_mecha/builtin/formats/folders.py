@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
-from sd_mecha.errors import FileFormatError, MechaError, OptionError
-from sd_mecha.extensions.model_formats import OutputRequest, open_model
+from sd_mecha.errors import FileFormatError, MechaError, OptionError, OutputError
+from sd_mecha.extensions.model_formats import LocationFormat, ModelFormat, OutputRequest, get_all, open_model
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.folders.sharded import STEMS, find_weights, is_index, open_sharded
 from sd_mecha.storage.folders.sharded_writer import SideFile
 from sd_mecha.storage.folders.side_files import CONFIG, MAX_SIDE_FILE, fitted_config, side_files
-from sd_mecha.storage.locations import Location
+from sd_mecha.storage.locations import LocalLocation, Location
 
 
 def open_weights(location: Location) -> Reader:
@@ -49,6 +50,31 @@ def reference(request: OutputRequest, marker: str) -> Location | None:
             if folder.child(marker).is_file():
                 return folder
     return None
+
+
+def check_kind(path: Path, written: ModelFormat) -> None:
+    """Refuse to write over the folder of a model of another format: what makes it one would stay, and old weights too.
+
+    Args:
+        path: the output.
+        written: the format of the output.
+
+    Raises:
+        OutputError: there is a model of another format.
+    """
+    place = LocalLocation(path)
+    if not place.is_folder():
+        return
+    found = next((known for known in get_all() if isinstance(known, LocationFormat) and known.recognises(place)), None)
+    if found is None or isinstance(written, type(found)):
+        return
+    name = found.identifier
+    writable = type(found).writer_for is not ModelFormat.writer_for
+    same = f", or output_format={name!r} (--format {name}) to write one like it" if writable else ""
+    raise OutputError(
+        f"output {str(path)!r}: a model of the format {name!r} stands there, and a folder of the format "
+        f"{written.identifier!r} does not replace it; choose another name{same}"
+    )
 
 
 def files_along(folder: Location, entries: Mapping[str, TensorEntry], inside: str = "") -> Iterator[SideFile]:

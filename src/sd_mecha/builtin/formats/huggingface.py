@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sd_mecha.builtin.formats.folders import files_along, open_weights, reference
+from sd_mecha.builtin.formats.folders import check_kind, files_along, open_weights, reference
 from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, register_model_format
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.folders.pipelines import is_pipeline
@@ -33,6 +33,7 @@ class HuggingFaceFormat(LocationFormat):
         return open_weights(location)
 
     def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
+        check_kind(path, self)
         folder = reference(request, CONFIG)
 
         def along(entries: Mapping[str, TensorEntry]) -> Iterable[SideFile]:

@@ -30,9 +30,11 @@ from sd_mecha.storage import locks
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.disk import reporting, sync_folder
+from sd_mecha.storage.folders.trees import carry, remove_tree, sweep, sync_tree, walk
 
 _COPY_SIZE = 8 << 20
 _PART, _BOTH, _SWAP = b"part    ", b"part old", b"swap    "  # what a lock file says is a merge's
+_MARKS = (_PART, _BOTH, _SWAP)
 _SAID_SIZE = 28  # that, and the inode of the new folder; written in one go
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux' renameat2
 _IS_MODEL = re.compile(
@@ -73,32 +75,40 @@ class OutputFolder:
         with reporting(self.path, "cannot be created"):
             self._target = os.path.realpath(self.path)
             self._check_target()
-            folder, name = os.path.split(self._target)
-            self._temporary = part = os.path.join(folder, locks.part_name(name))
-            self._journals = f"{part}.journals"
-            self._old = part.removesuffix(".part") + ".old"
-            self._lock_path = f"{part}.lock"
-            self._lock, _ = locks.claim(self._lock_path, lambda: True)
+            self._claim()
         try:
             with reporting(self.path, "cannot be created"):
-                said = os.read(self._lock, _SAID_SIZE)
-                self._made, self._inode = said[: len(_PART)], said[len(_PART) :]
                 self._recover()
                 self._make_room(bool(keep))
                 self._say(_PART)
+                part = self._temporary
                 os.makedirs(part, exist_ok=True)
                 for root in (self._journals, part) if keep else ():
                     kept = {os.path.join(root, *name.split("/")) for name in keep}
-                    _sweep(root, kept)
+                    sweep(root, kept)
                     for path in kept:
                         os.makedirs(os.path.dirname(path), exist_ok=True)
-                    for inside, _, _ in os.walk(root):
-                        sync_folder(inside)
-                sync_folder(folder)
+                    sync_tree(root)
+                sync_folder(os.path.dirname(part))
                 self.part = part
         except BaseException:
             self.discard()
             raise
+
+    def make_way(self) -> None:
+        """Remove what a merge has left that was killed, for one into a file of this name.
+
+        Raises:
+            OutputError: that merge is running, or a folder that no merge has made has the temporary name.
+        """
+        with reporting(self.path, "cannot be created"):
+            self._target = os.path.realpath(self.path)
+            self._claim()
+            try:
+                self._recover()
+                self._make_room(resume=False)
+            finally:
+                self.release()
 
     def place(self, name: str) -> str:
         """The path of a file under construction, by its relative name; its folder is made."""
@@ -139,31 +149,30 @@ class OutputFolder:
         with reporting(self.path, "cannot be completed"):
             exists = os.path.isdir(self._target)
             if exists:
-                _carry(self._target, self.part, replaced)
+                carry(self._target, self.part, replaced)
                 os.chmod(self.part, stat.S_IMODE(os.stat(self._target).st_mode))
-            for folder, _, _ in os.walk(self.part):
-                sync_folder(folder)
-            if exists:
-                self._exchange()
+            sync_tree(self.part)
+            new = os.lstat(self.part)
+            try:
+                if exists:
+                    self._exchange()
+                else:
+                    os.rename(self.part, self._target)
+            except BaseException as error:  # an interruption, or an answer lost on a network, may come after the fact
+                if not _leads_to(self._target, new):
+                    raise
+                self._clean_up(replaced)
+                if not isinstance(error, OSError):
+                    raise
             else:
-                os.rename(self.part, self._target)
-            self.part = ""
-            sync_folder(os.path.dirname(self._target))
-        with contextlib.suppress(OSError):
-            _remove_tree(self._journals)
-        try:
-            if exists:
-                _remove_tree(self._old)
-        except OSError as error:
-            _logger.warning("the old folder %r could not be removed: %s; remove it", self._old, error.strerror)
-        self.release()
+                self._clean_up(replaced)
 
     def discard(self) -> None:
         """Remove what was written. Harmless after publishing or a second time."""
         if self.part:
             for path in (self._journals, self.part):
                 with contextlib.suppress(OSError):
-                    _remove_tree(path)
+                    remove_tree(path)
         self.release()
 
     def release(self) -> None:
@@ -171,7 +180,7 @@ class OutputFolder:
         self.part = ""
         if self._lock >= 0:
             descriptor, self._lock = self._lock, -1
-            ours = [self._temporary, self._journals] if self._made in (_PART, _BOTH, _SWAP) else []
+            ours = [self._temporary, self._journals] if self._made in _MARKS else []
             if self._made == _BOTH:
                 ours.append(self._old)
             with contextlib.suppress(OSError):
@@ -194,15 +203,38 @@ class OutputFolder:
                 f"output {self.path!r} is a folder that holds something else than a model, such as {min(found)!r}; "
                 "name a file in it, or a folder that is new, empty, or that of a model to be replaced"
             )
+        for _ in walk(self._target):  # what cannot be listed could not come along
+            pass
+
+    def _claim(self) -> None:
+        """Find the temporary names, lock them, and read what the lock file says."""
+        folder, name = os.path.split(self._target)
+        self._temporary = part = os.path.join(folder, locks.part_name(name))
+        self._journals = f"{part}.journals"
+        self._old = part.removesuffix(".part") + ".old"
+        self._lock_path = f"{part}.lock"
+        descriptor, _ = locks.claim(self._lock_path, lambda: True)
+        try:
+            said = os.read(descriptor, _SAID_SIZE)
+            self._made, self._inode = said[: len(_PART)], said[len(_PART) :]
+            if said and self._made not in _MARKS:
+                raise OutputError(
+                    f"output {self.path!r}: {self._lock_path!r}, where its lock file goes, holds something that no "
+                    "merge writes there; move that, or choose another name"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
 
     def _recover(self) -> None:
         """Put back, or remove, the old folder that a run left which was killed while it published."""
         if self._made == _SWAP and os.path.lexists(self._temporary) and _inode(self._temporary) != self._inode:
-            _remove_tree(self._temporary)
+            remove_tree(self._temporary)
         if self._made == _BOTH and os.path.lexists(self._old):
-            if os.path.lexists(self._target):
-                _remove_tree(self._old)
-            else:
+            if os.path.isdir(self._target):
+                remove_tree(self._old)
+            elif not os.path.lexists(self._target):
                 os.rename(self._old, self._target)
 
     def _make_room(self, resume: bool) -> None:
@@ -210,15 +242,17 @@ class OutputFolder:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISREG(os.lstat(self._temporary).st_mode):  # of a merge into a file of this name, perhaps running
                 descriptor, _ = locks.claim(self._temporary)
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._temporary}.journal")
                 locks.remove(self._temporary, descriptor)
         for path in (self._journals, self._temporary):  # a journal must not outlive what it is about
             if not os.path.lexists(path):
                 continue
             is_folder = os.path.isdir(path) and not os.path.islink(path)
-            if not is_folder or (self._made not in (_PART, _BOTH, _SWAP) and os.listdir(path)):
+            if not is_folder or (self._made not in _MARKS and os.listdir(path)):
                 raise OutputError(
                     f"output {self.path!r}: its temporary name {path!r} leads to something that no merge is "
-                    "known to have made; move or remove that, or choose another name"
+                    "known to have made; move that, or choose another name"
                 )
             os.chmod(path, 0o700 | stat.S_IMODE(os.stat(path).st_mode))  # it may have those of the old folder already
             if not resume:
@@ -232,12 +266,11 @@ class OutputFolder:
         self._made, self._inode = made, inode
 
     def _exchange(self) -> None:
-        """Put the new folder in the place of the old one, which is at `self._old` afterwards."""
+        """Put the new folder in the place of the old one; the lock file says where that is afterwards."""
         if capabilities.exchange:
             self._say(_SWAP, _inode(self.part))
             sync_folder(os.path.dirname(self._target))
             if _exchange(self.part, self._target):
-                self._old = self.part
                 return
         if os.path.lexists(self._old):
             raise OutputError(
@@ -247,15 +280,47 @@ class OutputFolder:
         sync_folder(os.path.dirname(self._target))
         try:
             os.rename(self._target, self._old)
-            try:
-                os.rename(self.part, self._target)
-            except BaseException:
+            os.rename(self.part, self._target)
+        except BaseException:  # an interruption comes after a rename as well as before it
+            if os.path.lexists(self._old) and not os.path.lexists(self._target):
                 os.rename(self._old, self._target)
-                raise
-        except BaseException:
             if not os.path.lexists(self._old):
                 self._say(_PART)
             raise
+
+    def _clean_up(self, replaced: Callable[[str], bool]) -> None:
+        """The new folder has its name: take along what has appeared in the old one meanwhile, and remove that."""
+        part, self.part = self.part, ""
+        sync_folder(os.path.dirname(self._target))
+        with contextlib.suppress(OSError):
+            remove_tree(self._journals)
+        old = {_SWAP: part, _BOTH: self._old}.get(self._made, "")
+        try:
+            if old:
+                carry(old, self._target, replaced)
+                sync_tree(self._target)
+        except OSError as error:
+            self._made = b""  # without its lock file, no later run removes it
+            _logger.warning(
+                "not all that came into the old folder %r at the last moment could be taken along: %s; "
+                "move what you need, and remove it",
+                old,
+                error.strerror or error,
+            )
+        else:
+            try:
+                if old:
+                    remove_tree(old)
+            except OSError as error:
+                _logger.warning("the old folder %r could not be removed: %s; remove it", old, error.strerror)
+        self.release()
+
+
+def _leads_to(path: str, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), status)
+    except OSError:
+        return False
 
 
 def _inode(path: str) -> bytes:
@@ -275,47 +340,3 @@ def _exchange(one: str, other: str) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), other)
-
-
-def _carry(source: str, target: str, replaced: Callable[[str], bool]) -> None:
-    """Give the new folder what the old one holds besides, without copying where files can have two names."""
-    for folder, folders, files in os.walk(source):
-        inside = os.path.relpath(folder, source)
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in [*files, *links]:
-            relative = name if inside == "." else f"{inside.replace(os.sep, '/')}/{name}"
-            there = os.path.join(target, inside, name)
-            if replaced(relative) or os.path.lexists(there):
-                continue
-            os.makedirs(os.path.dirname(there), exist_ok=True)
-            _link(os.path.join(folder, name), there)
-        if not files and not folders:
-            os.makedirs(os.path.join(target, inside), exist_ok=True)
-
-
-def _link(source: str, target: str) -> None:
-    if os.path.islink(source):
-        os.symlink(os.readlink(source), target)
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links, or a file of somebody else
-        shutil.copy2(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _sweep(folder: str, keep: Collection[str]) -> None:
-    """Remove all files but some, and all links."""
-    for inside, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
-        for name in [*files, *links]:
-            if (path := os.path.join(inside, name)) not in keep or os.path.islink(path):
-                os.unlink(path)
-
-
-def _remove_tree(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)

@@ -9,7 +9,8 @@ from typing import Any
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.folders.sharded import find_weights
-from sd_mecha.storage.locations import Location
+from sd_mecha.storage.folders.side_files import CONFIG
+from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.strict_json import brief, parse_object
 
 PIPELINE = "model_index.json"
@@ -76,6 +77,26 @@ def component_weights(folder: Location) -> dict[str, Location]:
             f"{folder.name}: none of its components has weights (looked in {', '.join(parts)}); download them, too"
         )
     return found
+
+
+def absent_components(folder: Location) -> list[str]:
+    """The components of a pipeline of which there is no file; none where folders cannot be listed.
+
+    Raises:
+        FileFormatError: `model_index.json` breaks a rule.
+    """
+    if not isinstance(folder, LocalLocation) and not folder.children():
+        return []
+    return [name for name, place in components(folder).items() if not place.children()]
+
+
+def unconfigured_components(folder: Location) -> list[str]:
+    """The components of a pipeline that have weights, but no configuration that says what they are the weights of.
+
+    Raises:
+        FileFormatError: `model_index.json` breaks a rule, or no component has weights.
+    """
+    return [name for name in component_weights(folder) if not folder.child(f"{name}/{CONFIG}").is_file()]
 
 
 def made_components(folder: Location) -> frozenset[str] | None:

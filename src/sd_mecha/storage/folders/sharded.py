@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from sd_mecha.errors import FileFormatError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.contract import ByteSource, Reader
 from sd_mecha.storage.folders.joined import JoinedReader, close_all
+from sd_mecha.storage.links import broken_link
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.strict_json import brief, parse_object
 
@@ -102,9 +104,8 @@ def open_sharded(index: Location, open_shard: OpenModel) -> JoinedReader:
     readers: dict[str, Reader] = {}
     try:
         weight_map, metadata = read_index(source)
-        folder = index.parent()
-        for shard in sorted(set(weight_map.values())):
-            readers[shard] = _open_shard(index, folder.child(shard), shard, open_shard)
+        for shard, place in _shards(index, weight_map).items():
+            readers[shard] = _open_shard(index, place, shard, open_shard)
         places = _places(index.name, weight_map, readers)
     except BaseException:
         close_all(readers.values())
@@ -127,7 +128,7 @@ def files_of(weights: Location) -> list[Location]:
         weight_map, _ = read_index(source)
     finally:
         source.close()
-    return [weights, *(weights.parent().child(shard) for shard in sorted(set(weight_map.values())))]
+    return [weights, *_shards(weights, weight_map).values()]
 
 
 def read_index(source: ByteSource) -> tuple[dict[str, str], dict[str, str]]:
@@ -156,6 +157,24 @@ def read_index(source: ByteSource) -> tuple[dict[str, str], dict[str, str]]:
     return weight_map, {key: text for key, text in texts.items() if type(text) is str}
 
 
+def _shards(index: Location, weight_map: Mapping[str, str]) -> dict[str, Location]:
+    """Where the files of an index lie, by the names that it gives them."""
+    folder = index.parent()
+    tensors: dict[str, str] = {}  # the first of each file
+    for key, shard in weight_map.items():
+        tensors.setdefault(shard, key)
+    found = {}
+    for shard in sorted(tensors):
+        try:
+            found[shard] = folder.child(shard)
+        except FileFormatError as error:
+            raise FileFormatError(
+                f"{index.name}: tensor {brief(tensors[shard])}: names a file {brief(shard)}; expected one within the "
+                "folder itself"
+            ) from error
+    return found
+
+
 def _open_shard(index: Location, shard: Location, name: str, open_shard: OpenModel) -> Reader:
     try:
         if shard.is_folder():
@@ -164,9 +183,10 @@ def _open_shard(index: Location, shard: Location, name: str, open_shard: OpenMod
             _fail(index.name, f"shard {brief(name)} is an index itself", "an index", "a file of tensors")
         return open_shard(shard)
     except ModelNotFoundError as error:
+        link = broken_link(shard.path) if isinstance(shard, LocalLocation) else None
         raise ModelNotFoundError(
-            f"{index.name}: shard missing: the index names {brief(name)}, and there is no such file beside it; "
-            "fetch it too, or correct the index"
+            f"{index.name}: shard missing: the index names {brief(name)}, and "
+            f"{link or 'there is no such file beside it'}; fetch it too, or correct the index"
         ) from error
     except OSError as error:
         if isinstance(error, MechaError):
@@ -194,9 +214,15 @@ def _places(index: str, weight_map: Mapping[str, str], readers: Mapping[str, Rea
             else:
                 unnamed.append(key)
     if unnamed:
-        _logger.debug("%s: %d tensors in its files are not in the index and are left out, such as %r",
-                      index, len(unnamed), unnamed[0])  # fmt: skip
+        _tell_unnamed(index, len(unnamed), unnamed[0])
     return places
+
+
+@lru_cache(maxsize=256)  # a merge may open a model several times
+def _tell_unnamed(index: str, count: int, example: str) -> None:
+    _logger.warning(
+        "%s: %d tensors in its files are not in the index and are left out, such as %r", index, count, example
+    )
 
 
 def _weight_names() -> list[str]:

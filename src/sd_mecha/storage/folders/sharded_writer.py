@@ -15,6 +15,7 @@ from sd_mecha.storage.files import descriptor_limit
 from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.folders.sharded import is_known_weights
 from sd_mecha.storage.safetensors import SafetensorsWriter
+from sd_mecha.units import such_as
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one file, where the user says nothing."""
@@ -166,15 +167,26 @@ class ShardedWriter:
         for number, shard in enumerate(self._shards):
             shard.open.amend(self._metadata_of(number))
 
+    def settle(self) -> None:
+        """Make all that is complete durable and note it, for a run that goes on from there.
+
+        Raises:
+            OutputError: the disk refused.
+        """
+        for shard in self._shards:
+            shard.open.settle()
+
     def commit(self) -> None:
         """Complete every file, write the indexes and let the folder appear under its name.
 
         Raises:
-            OutputError: a tensor is incomplete or the disk refused; the folder that was there is as it was.
+            OutputError: a tensor is incomplete, nothing is left of a part, or the disk refused; the folder that was
+                there is as it was.
         """
+        dropped = sorted(self.dropped)
         try:
-            for shard in self._shards:
-                shard.open.settle()
+            self._check_parts()
+            self.settle()
             for shard in self._shards:
                 shard.open.commit()
             for part in self._parts:
@@ -183,6 +195,11 @@ class ShardedWriter:
         except BaseException:
             self.abort()
             raise
+        if dropped:
+            _logger.warning(
+                "output %r lacks %d tensors that were left out while merging, %s; libraries fill them with random "
+                "numbers when they load it", self.name, len(dropped), such_as(dropped),
+            )  # fmt: skip
 
     def abort(self) -> None:
         """Remove what was written, but for what a run that resumes will go on with. Harmless after commit."""
@@ -223,6 +240,21 @@ class ShardedWriter:
                 f"output {self.name!r}: files of {self._shard_size} bytes would be {len(self._shards)}, and at most "
                 f"{descriptor_limit()} can be written at once; choose a larger shard_size"
             )
+
+    def _check_parts(self) -> None:
+        """Refuse to replace the weights of a part by none at all."""
+        gone = self.dropped
+        for part in self._parts:
+            names = [name for name, (shard, _) in self._places.items() if shard.part == part]
+            if names and gone.issuperset(names):
+                lost, omit = "the model", ""
+                if part.folder:
+                    lost = f"component {part.folder!r}"
+                    omit = ", or let omit_component or pick_component leave that component out of the recipe"
+                raise OutputError(
+                    f"output {self.name!r}: every tensor of {lost} was left out while merging, {such_as(names)}, and "
+                    f"nothing was written; give another input that has what is missing{omit}"
+                )
 
     def _metadata_of(self, number: int) -> dict[str, str]:
         """The first file says all; the others, that their tensors are PyTorch's."""

@@ -35,6 +35,7 @@ _USUAL = (
 )  # fmt: skip
 _HEADS = ("lm_head.weight", "embed_out.weight")
 """Matrices that a model may share with its embedding, and then does not store."""
+_TIED = "tie_word_embeddings"
 _DTYPES = ("torch_dtype", "dtype")
 
 _logger = logging.getLogger("sd_mecha")
@@ -106,11 +107,18 @@ def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collec
     dtype = common_dtype(entries.values())
     if dtype is not None:
         _set_dtype(config, dtype_name(dtype))
-    tied = _tied(entries, before)
-    if tied is not None:
+    head = _other_head(entries, before)
+    if head is not None:
+        tied = head not in entries
+        if tied and config.get(_TIED) is not True:
+            _logger.warning(
+                "%s: %r is not made, which this model has: the %s of the output says %s: true, so that the embedding "
+                "takes its place and what the head has learnt is lost; only models that all have it keep it",
+                name, head, CONFIG, _TIED,
+            )  # fmt: skip
         for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
-                part["tie_word_embeddings"] = tied
+            if isinstance(part, dict) and (part is config or _TIED in part):
+                part[_TIED] = tied
     return raw if json.dumps(config) == old else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -136,9 +144,6 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
             config[key] = name
 
 
-def _tied(entries: Collection[str], before: Collection[str]) -> bool | None:
-    """Whether the output shares a head that the other model stores, or stores one that it shares; None: as before."""
-    for head in _HEADS:
-        if before and (head in entries) != (head in before):
-            return head not in entries
-    return None
+def _other_head(entries: Collection[str], before: Collection[str]) -> str | None:
+    """The head that the output shares and the other model stores, or the other way round; None: as before."""
+    return next((head for head in _HEADS if before and (head in entries) != (head in before)), None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.buffers import byte_view, fill
-from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes
+from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes, settle
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
 from sd_mecha.storage.views import ReaderView
 
@@ -210,6 +210,9 @@ class ScaledWriter:
         tell(name)
         if name in self._entries:
             tell(_scale_of(name))
+
+    def settle(self) -> None:
+        settle(self._writer)
 
     def commit(self) -> None:
         self._writer.commit()
