@@ -14,6 +14,7 @@ from sd_mecha.storage.remote.block_cache import BlockCache
 from sd_mecha.storage.remote.file import RemoteFile
 from sd_mecha.storage.remote.web import WebPlace
 from tests.formats.web_server import Site, serving
+from tests.storage.forking import forks, in_child
 
 CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 PATH = "/models/a.bin"
@@ -322,6 +323,24 @@ def test_connections_are_used_again_and_one_that_the_server_closed_is_no_failure
     site.requests.clear()
     assert opened.read(100_000, 10) == CONTENT[100_000:100_010]
     assert len(site.requests) == 1
+
+
+@forks
+def test_a_child_uses_no_connection_of_its_parent(opened):
+    client = opened._place._client
+    opened.read(40_000, 10)
+    (kept,) = [connection for _, connection, _ in client._idle]
+    port = kept.sock.getsockname()[1]
+
+    def work() -> bool:
+        right = opened.read(100_000, 10) == CONTENT[100_000:100_010]
+        return right and port not in [connection.sock.getsockname()[1] for _, connection, _ in client._idle]
+
+    with client._lock:
+        ended = in_child(work)
+    assert ended() == 0
+    assert opened.read(200_000, 10) == CONTENT[200_000:200_010]
+    assert [connection.sock.getsockname()[1] for _, connection, _ in client._idle] == [port]
 
 
 def test_wrong_addresses(site):

@@ -17,30 +17,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
+from sd_mecha.storage.remote.blocks import Block, Filling
+from sd_mecha.storage.remote.forks import renew_in_child
+from sd_mecha.storage.remote.look_ahead import choose
 from sd_mecha.storage.remote.read_ahead import ReadAhead
-from sd_mecha.storage.remote.sinks import Fetched, LendingSink, ViewSink
+from sd_mecha.storage.remote.sinks import Fetched, ViewSink
 from sd_mecha.storage.remote.spill_file import SpillFile
-
-
-class _Block:
-    """A block that is being fetched (neither ready nor failed), or is in memory (`data`), on disk (`slot`) or both.
-
-    It stays where it is while it has users.
-    """
-
-    __slots__ = ("data", "failed", "key", "length", "ready", "slot", "unread", "users")
-
-    def __init__(self, key: tuple[Fetched, int], length: int) -> None:
-        self.key = key
-        self.length = length
-        self.unread = length
-        self.data: memoryview | None = None
-        self.slot: int | None = None
-        self.ready = False
-        self.failed = False
-        self.users = 0
 
 
 class BlockCache:
@@ -73,22 +57,32 @@ class BlockCache:
         self._ahead = ahead // block
         self._per_file = per_file
         self._most = memory // block  # buffers
-        self._made = 0
-        self._spare: list[memoryview] = []
+        self._workers = workers
         self._files: set[Fetched] = set()
-        self._blocks: dict[tuple[Fetched, int], _Block] = {}
-        self._in_memory: OrderedDict[_Block, None] = OrderedDict()
-        self._on_disk: OrderedDict[_Block, None] = OrderedDict()
-        self._passed: dict[Fetched, bytearray] = {}  # for each block, whether it was read and dropped
-        self._disk = SpillFile(block)
-        self._slots_made = 0
-        self._free: list[int] = []
-        self._orphans: set[_Block] = set()  # forgotten, but still in use
+        self._lost: deque[Fetched] = deque()  # not read any more, but not forgotten yet
         self._keeps = False  # whether blocks stay after they were read
-        # Re-entrant: a file may be garbage-collected, hence forgotten, while this thread holds the lock.
-        self._lock = threading.RLock()
+        self._disk = SpillFile(block)
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Keep nothing but which files are open."""
+        self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self.read_ahead = ReadAhead(workers)
+        with self._lock:
+            self._made = 0
+            self._spare: list[memoryview] = []
+            self._blocks: dict[tuple[Fetched, int], Block] = {}
+            self._in_memory: OrderedDict[Block, None] = OrderedDict()
+            self._on_disk: OrderedDict[Block, None] = OrderedDict()
+            # for each block, whether it was read and dropped
+            self._passed = {file: self._none_of(file) for file in self._files}
+            self._disk.close()
+            self._disk = SpillFile(self._block)
+            self._slots_made = 0
+            self._free: list[int] = []
+            self._orphans: set[Block] = set()  # forgotten, but still in use
+            self.read_ahead = ReadAhead(self._workers)
 
     @property
     def slots(self) -> int:
@@ -97,26 +91,56 @@ class BlockCache:
 
     def add(self, file: Fetched) -> None:
         """A file is going to be read."""
+        self._forget_lost()
         with self._lock:
             self._files.add(file)
-            self._passed[file] = bytearray(-(-file.size // self._block))
+            self._passed[file] = self._none_of(file)
             self._keeps = sum(each.size for each in self._files) <= self._limit
 
     def forget(self, file: Fetched) -> None:
         """A file will not be read any more. After the last one, memory, temporary file and threads are gone."""
+        self._forget_lost()
         with self._lock:
-            self._files.discard(file)
-            self._keeps = sum(each.size for each in self._files) <= self._limit
-            self.read_ahead.forget(file)
-            self._passed.pop(file, None)
-            for key in [key for key in self._blocks if key[0] is file]:
-                self._drop(self._blocks[key])
-            self._give_back_room()
+            self._forget(file)
+        self.read_ahead.forget(file)
+        if not self._files:
+            self.read_ahead.dismiss()
+
+    def lose(self, file: Fetched) -> None:
+        """As `forget`, but for finalizers: waits for no lock.
+
+        They run anywhere, even where their thread holds the lock. Then the next to come forgets the file.
+        """
+        self._lost.append(file)
+        self._forget_lost(blocking=False)
+
+    def _forget_lost(self, *, blocking: bool = True) -> None:
+        gone = []  # so that files end after the lock was released
+        if self._lost and self._lock.acquire(blocking):
+            try:
+                while self._lost:
+                    gone.append(self._lost.popleft())
+                    self._forget(gone[-1])
+            finally:
+                self._lock.release()
+
+    def _forget(self, file: Fetched) -> None:
+        self._files.discard(file)
+        self._keeps = sum(each.size for each in self._files) <= self._limit
+        self._passed.pop(file, None)
+        for key in [key for key in self._blocks if key[0] is file]:
+            self._drop(self._blocks[key])
+        self._give_back_room()
+
+    def _none_of(self, file: Fetched) -> bytearray:
+        return bytearray(-(-file.size // self._block))
 
     def read_into(self, file: Fetched, offset: int, view: memoryview) -> None:
         """Fill a flat view of bytes from that offset of the file on."""
         if not len(view):
             return
+        if self._lost:
+            self._forget_lost()
         first, following = offset // self._block, -(-(offset + len(view)) // self._block)
         asked = first
         done = 0
@@ -134,7 +158,7 @@ class BlockCache:
             done += len(piece)
         self._look_ahead(file, first, following)
 
-    def _get(self, file: Fetched, number: int, following: int) -> _Block | None:
+    def _get(self, file: Fetched, number: int, following: int) -> Block | None:
         """A block that is ready, with one more user; with it, what is missing up to `following` may be fetched.
 
         None if the file was forgotten.
@@ -163,24 +187,24 @@ class BlockCache:
                 return block
             self._release(block, 0)
 
-    def _claim(self, file: Fetched, first: int, last: int) -> list[_Block]:
+    def _claim(self, file: Fetched, first: int, last: int) -> list[Block]:
         """New blocks for the run of missing ones from the first on, for this thread to fill."""
         mine = []
         for number in range(first, last):
             key = file, number
             if key in self._blocks:
                 break
-            block = _Block(key, min(self._block, file.size - number * self._block))
+            block = Block(key, min(self._block, file.size - number * self._block))
             self._blocks[key] = block
             mine.append(block)
         return mine
 
-    def _fill(self, file: Fetched, blocks: list[_Block]) -> None:
+    def _fill(self, file: Fetched, blocks: list[Block]) -> None:
         """Fetch blocks that were claimed. Whatever happens, each one is ready or failed afterwards."""
         if not blocks:
             return
         start = blocks[0].key[1] * self._block
-        filling = _Filling(self, blocks)
+        filling = Filling(self, blocks)
         try:
             file.fetch(start, start + sum(block.length for block in blocks), filling)
         finally:
@@ -190,9 +214,10 @@ class BlockCache:
                     if not block.ready:
                         block.failed = True
                         self._drop(block)
-                self._changed.notify_all()
+                        self._changed.notify_all()
+                self._give_back_room()
 
-    def _take_from(self, block: _Block, offset: int, piece: memoryview) -> None:
+    def _take_from(self, block: Block, offset: int, piece: memoryview) -> None:
         """Copy bytes of a block that is in use, and let go of it."""
         start = offset % self._block
         read = 0
@@ -206,7 +231,7 @@ class BlockCache:
         finally:
             self._release(block, read)
 
-    def _release(self, block: _Block, read: int) -> None:
+    def _release(self, block: Block, read: int) -> None:
         with self._lock:
             block.users -= 1
             block.unread -= read
@@ -218,7 +243,7 @@ class BlockCache:
                 file, number = block.key
                 self._passed[file][number] = 1
 
-    def _drop(self, block: _Block) -> None:
+    def _drop(self, block: Block) -> None:
         """Forget a block; its room is given back when nobody uses it any more."""
         if self._blocks.get(block.key) is block:
             del self._blocks[block.key]
@@ -233,9 +258,9 @@ class BlockCache:
         if slot is not None:
             self._free.append(slot)
         if data is not None:
-            self.give_back(data)
+            self._give_back(data)
 
-    def done(self, block: _Block, data: memoryview) -> None:
+    def done(self, block: Block, data: memoryview) -> None:
         """A block was fetched."""
         with self._lock:
             block.data, block.ready = data, True
@@ -250,10 +275,13 @@ class BlockCache:
     def give_back(self, data: memoryview) -> None:
         """A buffer is free again."""
         with self._lock:
-            if self._made > self._most or not self._files:
-                self._made -= 1
-            else:
-                self._spare.append(data)
+            self._give_back(data)
+
+    def _give_back(self, data: memoryview) -> None:
+        if self._made > self._most or not self._files:
+            self._made -= 1
+        else:
+            self._spare.append(data)
 
     def buffer(self) -> memoryview:
         """Memory for a block: fresh, or that of the block that was used least recently."""
@@ -283,7 +311,12 @@ class BlockCache:
                 else:
                     self._free.append(slot)
             self._release(victim, 0)
-        return memoryview(bytearray(self._block))
+        try:
+            return memoryview(bytearray(self._block))
+        except BaseException:
+            with self._lock:
+                self._made -= 1
+            raise
 
     def _slot(self) -> int | None:
         """Room on disk; None if all is in use, or there is no disk."""
@@ -307,7 +340,6 @@ class BlockCache:
     def _give_back_room(self) -> None:
         """Without files and users, nothing is kept."""
         if not self._files:
-            self.read_ahead.dismiss()
             self._made -= len(self._spare)
             self._spare.clear()
             if not self._orphans:
@@ -318,31 +350,22 @@ class BlockCache:
     def _look_ahead(self, file: Fetched, first: int, following: int) -> None:
         """After a read of the blocks `first` to `following`, have those fetched that come next.
 
-        They are as many as were read in a row before. So that a few large ranges are fetched rather than many small
-        ones, nothing is done before half of them lack, and a small rest is left to the next time.
+        So that a few large ranges are fetched rather than many small ones, nothing is done before half of them lack.
         """
         with self._lock:
             if file not in self._files:
                 return
-            most = min(self._ahead, -(-file.size // self._block) - following)
+            most = min(self._ahead, len(self._passed[file]) - following)
             if most <= 0 or (self._is_known(file, following) and self._is_known(file, following + most // 2)):
                 return
-            last = following + min(self._streak(file, first, following), most)
-            start = next((number for number in range(following, last) if not self._is_known(file, number)), last)
-        count = last - start
-        if start == following or count * 2 >= last - following:
-            self._ask(file, start, start + (count if count < self._longest else count - count % self._longest))
+            known = functools.partial(self._is_known, file)
+            chosen = choose(known, first, following, most, self._ahead, self._longest)
+        if chosen:
+            self._ask(file, *chosen)
 
     def _is_known(self, file: Fetched, number: int) -> bool:
         """Whether a block is there, on its way, or was read before."""
         return (file, number) in self._blocks or self._passed[file][number] == 1
-
-    def _streak(self, file: Fetched, first: int, following: int) -> int:
-        """How many blocks up to `following` were read in a row; none if the one before `first` is not known."""
-        count = 0
-        while count < self._ahead and first > count and self._is_known(file, first - count - 1):
-            count += 1
-        return count and count + following - first
 
     def _ask(self, file: Fetched, first: int, last: int) -> None:
         """Have blocks fetched in the background."""
@@ -368,33 +391,6 @@ class BlockCache:
                 mine = [] if self._is_known(file, first) else self._claim(file, first, last)
             self._fill(file, mine)
             first += max(len(mine), 1)
-
-
-class _Filling(LendingSink):
-    """A sink that fills one block after another."""
-
-    def __init__(self, cache: BlockCache, blocks: list[_Block]) -> None:
-        self._cache = cache
-        self._blocks = blocks[::-1]
-        self._buffer: memoryview | None = None
-        self._filled = 0
-
-    def room(self) -> memoryview:
-        if self._buffer is None:
-            self._buffer = self._cache.buffer()
-        return self._buffer[self._filled : self._blocks[-1].length]
-
-    def took(self, count: int) -> None:
-        self._filled += count
-        if self._buffer is not None and self._filled == self._blocks[-1].length:
-            self._cache.done(self._blocks.pop(), self._buffer)
-            self._buffer, self._filled = None, 0
-
-    def close(self) -> None:
-        """Give back what was not needed."""
-        if self._buffer is not None:
-            self._cache.give_back(self._buffer)
-            self._buffer = None
 
 
 CACHE = BlockCache()

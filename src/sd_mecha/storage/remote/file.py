@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,6 +164,5 @@ class RemoteFile:
         self._place.close()
 
     def __del__(self) -> None:
-        # When the interpreter ends, its daemon threads stop where they are, maybe with a lock in their hands.
-        if not self.closed and not sys.is_finalizing():
-            self.close()
+        if not self.closed:  # the place lets go of its connections when the cache lets go of the content
+            self._cache.lose(self._content)

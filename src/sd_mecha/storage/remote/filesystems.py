@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from sd_mecha.errors import ChangedInputError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.remote.addresses import shown
+from sd_mecha.storage.remote.forks import renew_in_child
 from sd_mecha.storage.remote.places import HEAD, Found, InterruptedFetch
 from sd_mecha.storage.remote.sinks import Sink
 
@@ -47,8 +48,13 @@ class FilesystemPlace:
         self._system, self._path = (system, path) if system is not None else _resolve(address)
         self._files: list[Any] = []
         self._keep = 0
-        self._lock = threading.RLock()
         self.name = shown(address)
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """The files stay: all that they have for themselves is a position."""
+        self._lock = threading.Lock()
 
     @property
     def basename(self) -> str:

@@ -28,7 +28,7 @@ class ReadAhead:
         self._idle = 0
         self._needed = False
         self._waiting: deque[tuple[object, Hashable, Callable[[], None]]] = deque(maxlen=longest)
-        self._arrived = threading.Condition(threading.RLock())
+        self._arrived = threading.Condition(threading.Lock())
 
     @property
     def busy(self) -> bool:

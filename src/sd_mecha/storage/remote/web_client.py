@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from sd_mecha.errors import MechaError, ModelAccessError
 from sd_mecha.storage.remote import addresses
+from sd_mecha.storage.remote.forks import renew_in_child
 from sd_mecha.storage.remote.places import InterruptedFetch
 
 TIMEOUT = 60.0
@@ -47,7 +48,15 @@ class WebClient:
         self._idle: list[tuple[_Origin, http.client.HTTPConnection, float]] = []
         self._moved: dict[str, str] = {}  # where redirects of an address led
         self._proxies: dict[_Origin, SplitResult | None] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Keep no connection for now. To close one says nothing to the server, which goes on talking to the parent."""
+        self._lock = threading.Lock()
+        idle, self._idle = self._idle, []
+        for _, connection, _ in idle:
+            connection.close()
 
     @contextlib.contextmanager
     def get(self, address: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
