@@ -72,7 +72,7 @@ def test_only_header_and_needed_ranges_are_fetched(site):
     for key in ("layer.40.weight", "layer.80.weight"):
         reader.read_into(key, 0, memoryview(data))
     reader.close()
-    assert site.served < 32 * 2**10 + 2 * (400_000 + 2 * 256 * 2**10)
+    assert site.served < 32 * 2**10 + 2 * (400_000 + 2 * 2**20)
 
 
 def test_connections_that_break_do_not_change_the_result(site, expected, tmp_path):

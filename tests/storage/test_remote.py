@@ -211,7 +211,7 @@ def test_changed_content_is_noticed_while_reading(site, opened):
 
 def test_changed_size_is_noticed_without_tags(site):
     site.etags = False
-    with_no_tag = locate(site.url(PATH)).open()
+    with_no_tag = RemoteFile(WebPlace(site.url(PATH)), cache=BlockCache(block=2**17))
     with_no_tag.check_unchanged()
     site.files[PATH] = CONTENT + b"more"
     with pytest.raises(ChangedInputError, match="size was 300000, is 300004"):

@@ -45,10 +45,10 @@ class BlockCache:
         limit: int = 512 * 2**20,
         *,
         memory: int = 48 * 2**20,
-        block: int = 256 * 2**10,
+        block: int = 2**20,
         longest: int = 4 * 2**20,
         ahead: int = 8 * 2**20,
-        per_file: int = 48,
+        per_file: int = 12,
         workers: int = 6,
     ) -> None:
         self._limit = limit
