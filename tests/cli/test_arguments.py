@@ -125,6 +125,13 @@ def test_several_recipes_are_one_pass(engine: Engine, tmp_path: Path) -> None:
     assert engine.outputs == {folder / "r.safetensors": "recipe r", folder / "s.safetensors": "recipe s"}
 
 
+@pytest.mark.parametrize("command", [["merge", "r.mecha"], ["extract", "tuned", "base"]])
+def test_outputs_are_local(engine: Engine, command: list[str]) -> None:
+    result = call(*command, "-o", "s3://bucket/out.safetensors")
+    assert result.exit_code == 2
+    assert "s3:// is an address, and outputs are local" in result.output
+
+
 def test_the_last_line_tells_size_time_rate_and_memory(engine: Engine) -> None:
     last = call("merge", "r.mecha").output.splitlines()[-1]
     assert "r.safetensors: 8 B in " in last

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import click
 
 from sd_mecha.cli.failures import reported
-from sd_mecha.cli.options import add_models_dirs
+from sd_mecha.cli.options import add_models_dirs, local_output
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 STYLES = ("kohya", "comfyui", "diffusers", "peft")
 
-_OUTPUT = click.option("-o", "--output", metavar="OUT", required=True, help="File to write.")
+_OUTPUT = click.option("-o", "--output", metavar="OUT", required=True, callback=local_output, help="File to write.")
 _DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 _MODELS_DIR = click.option(
     "--models-dir",

@@ -15,6 +15,7 @@ from sd_mecha.cli.options import (
     add_models_dirs,
     engine_arguments,
     engine_options,
+    local_output,
     parsed_size,
     read_recipe,
     recipe_type,
@@ -31,6 +32,7 @@ RECIPE = ".mecha"
     "-o",
     "--output",
     metavar="OUT",
+    callback=local_output,
     help="File to write; the folder, if it is one, ends in a slash, or there are several recipes.",
 )
 @engine_options

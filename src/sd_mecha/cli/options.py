@@ -28,6 +28,14 @@ def parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int
         raise click.BadParameter(str(error)) from None
 
 
+def local_output(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """An output that is a path; an address would become a folder called `https:`."""
+    scheme, mark, _rest = (value or "").partition("://")
+    if mark and scheme.isalnum():
+        raise click.BadParameter(f"{scheme}:// is an address, and outputs are local: write a file, and copy it there")
+    return value
+
+
 recipe_type = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _dtype_option = click.option(
