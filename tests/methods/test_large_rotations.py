@@ -56,7 +56,7 @@ def test_a_rotation_needs_little_memory(shape: str, alignment: float, tensors: i
     command = [sys.executable, "-c", SCRIPT, shape, str(alignment)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     size = 4 * math.prod(map(int, shape.split("x")))
-    assert int(result.stdout) <= (tensors + 1) * size + (more << 20)  # the C library may hold on to one that is free
+    assert int(result.stdout) <= (tensors + 2) * size + (more << 20)  # the C library may hold on to some that are free
 
 
 def rotation_by(turns: torch.Tensor, seed: int = 0) -> torch.Tensor:
