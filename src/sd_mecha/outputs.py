@@ -19,7 +19,7 @@ from sd_mecha.options import MergeOptions
 from sd_mecha.planning.plan import Plan
 from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode
 from sd_mecha.recipes.text import serialize_text
-from sd_mecha.recipes.tokens import quote
+from sd_mecha.recipes.tokens import SUFFIX, quote
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import fingerprint
 from sd_mecha.storage.contract import Writer
@@ -33,7 +33,6 @@ from sd_mecha.storage.remote.addresses import shown_path
 _logger = logging.getLogger("sd_mecha")
 
 RECIPE_KEY = "mecha_recipe"
-_RECIPE_SUFFIX = ".mecha"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a single slash is left of it where it was made a Path
 
 FOLDER_FORMAT = "huggingface"
@@ -127,10 +126,10 @@ def _check_place(named: str) -> None:
     if _ADDRESS.match(named):
         address = shown_path(named if "://" in named else named.replace(":/", "://", 1))
         raise OutputError(f"output {address!r} is an address, and outputs are local: write a file, and copy it there")
-    if named.lower().endswith(_RECIPE_SUFFIX):
+    if named.lower().endswith(SUFFIX):
         raise OutputError(
             f"output {named!r} has the name of a recipe, and would take its place; name the model another way, such as "
-            f"{named[: -len(_RECIPE_SUFFIX)]}.safetensors"
+            f"{named[: -len(SUFFIX)]}.safetensors"
         )
 
 

@@ -11,9 +11,8 @@ from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
 from sd_mecha.graph import open_graph
 from sd_mecha.recipes.nodes import RecipeNode
 from sd_mecha.recipes.text import deserialize_text, serialize_text
+from sd_mecha.recipes.tokens import SUFFIX
 from sd_mecha.storage.output_file import OutputFile
-
-SUFFIX = ".mecha"
 
 
 def serialize(recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str | os.PathLike[str] | None = None) -> str:

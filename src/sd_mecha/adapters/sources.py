@@ -20,6 +20,7 @@ from sd_mecha.planning.configs import solve_configs
 from sd_mecha.planning.opening import open_models
 from sd_mecha.recipes.building import model
 from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
+from sd_mecha.recipes.tokens import SUFFIX
 from sd_mecha.serialization import deserialize_path
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import Reader
@@ -37,7 +38,7 @@ def node_of(source: Source, merge_space: str = "weight") -> RecipeNode:
     """
     if isinstance(source, RecipeNode):
         return source
-    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".mecha":
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == SUFFIX:
         return deserialize_path(source)
     if isinstance(source, str | os.PathLike | Mapping | torch.nn.Module):
         return model(source, merge_space=merge_space)

@@ -20,10 +20,10 @@ from sd_mecha.cli.options import (
     read_recipe,
     recipe_type,
 )
+from sd_mecha.recipes.tokens import SUFFIX as RECIPE
 from sd_mecha.storage.links import broken_link
 
 SUFFIX = ".safetensors"
-RECIPE = ".mecha"
 
 
 @click.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sd_mecha.errors import MechaError, RecipeError
+from sd_mecha.recipes.tokens import SUFFIX as RECIPE
 from sd_mecha.units import parse_size
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def engine_arguments(
     if memory is not None:
         arguments["total_buffer_size"] = memory
     if fallback is not None:
-        is_recipe = fallback.endswith(".mecha")
+        is_recipe = fallback.endswith(RECIPE)
         arguments["fallback_model"] = read_recipe(Path(fallback)) if is_recipe else sd_mecha.model(fallback)
     return arguments
 

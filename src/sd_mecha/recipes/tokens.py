@@ -28,6 +28,9 @@ _HEXADECIMAL = re.compile(r"[+-]?0[xX][0-9a-fA-F]")
 # About 4,200 digits: Python refuses decimals of more than 4,300, and they take quadratic time.
 _DECIMAL_BITS = 14_000
 
+SUFFIX = ".mecha"
+"""What the names of recipe files end in."""
+
 _TOKEN = re.compile(
     r"""
     (?:
