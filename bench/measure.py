@@ -76,10 +76,11 @@ class Bench:
         return row
 
     def imports(self) -> Row:
-        """Seconds that importing takes, torch alone and with this package's merging part."""
+        """Seconds that importing takes, torch alone and with this package's merging part, and that help takes."""
         codes = {
             "torch": "import torch",
             "sd_mecha": "import torch, sd_mecha; sd_mecha.merge, sd_mecha.weighted_sum, sd_mecha.model",
+            "help": "import sys, io; sys.stdout = io.StringIO(); from sd_mecha.cli import main; main(['--help'])",
         }
         row: Row = {name: [] for name in codes}
         for _ in range(max(self.repeats, 5)):

@@ -41,9 +41,10 @@ def run(command: Sequence[str | os.PathLike[str]], *, timeout: float = 3600, log
         ChildError: it failed or took too long.
     """
     answer = log.with_suffix(".answer")  # a file, which unlike a pipe never makes the child wait
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as errors, answer.open("wb") as out:
         started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=out, stderr=errors, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdout=out, stderr=errors, stdin=subprocess.DEVNULL, env=compiled)
         peak = 0
         while child.poll() is None:
             peak = max(peak, anonymous_memory(child.pid))

@@ -31,10 +31,11 @@ def render(results: Mapping[str, Any]) -> str:
         )
         parts.append("In brackets what is wanted; ✗ marks what is missed.")
     if IMPORT in results:
-        torch, ours = (median(results[IMPORT][name]) for name in ("torch", "sd_mecha"))
+        torch, ours, shown = (median(results[IMPORT][name]) for name in ("torch", "sd_mecha", "help"))
         parts.append(
             f"`import sd_mecha` and what a merge needs adds {ours - torch:.2f} s to the {torch:.2f} s of "
-            f"`import torch`{_verdict(ours - torch <= 0.25, '<= 0.25 s')}."
+            f"`import torch`{_verdict(ours - torch <= 0.25, '<= 0.25 s')}. `sd-mecha --help` takes {_seconds(shown)}"
+            f"{_verdict(shown <= 0.3, '<= 300 ms')}."
         )
     if INFERENCE in results:
         first, later = (median(results[INFERENCE][name]) for name in ("first", "later"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,12 +22,3 @@ def test_help_needs_no_torch(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", HELP, *command, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" ".join(["Usage: sd-mecha", *command]))
-
-
-def test_help_is_fast() -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not what is measured
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", HELP, "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.3

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sd_mecha.builtin.methods import angles
 from sd_mecha.builtin.methods.orthogonal import fractional_orthogonal_matrix_power
+from tests.memory import least, needs_proc, printed
 
 SCRIPT = """
 import re, sys
@@ -36,7 +34,7 @@ print(peak_memory() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("shape", "alignment", "tensors", "more"),
     [
@@ -53,10 +51,9 @@ print(peak_memory() - before)
 )
 def test_a_rotation_needs_little_memory(shape: str, alignment: float, tensors: int, more: int) -> None:
     """Beside its inputs, `tensors` times the memory of one in float32, and `more` MB."""
-    command = [sys.executable, "-c", SCRIPT, shape, str(alignment)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
     size = 4 * math.prod(map(int, shape.split("x")))
-    assert int(result.stdout) <= (tensors + 2) * size + (more << 20)  # the C library may hold on to some that are free
+    limit = (tensors + 2) * size + (more << 20)  # the C library may hold on to some that are free
+    assert least(lambda: printed(SCRIPT, shape, str(alignment)), limit) <= limit
 
 
 def rotation_by(turns: torch.Tensor, seed: int = 0) -> torch.Tensor:
