@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,30 @@ def test_what_appears_in_the_old_folder_at_the_last_moment_comes_along(
     assert contents(old)["sub/late.txt"] == b"late"
     assert contents(old)["config.json"] == b"new"
     assert "model.safetensors" not in contents(old)
+    assert os.listdir(old.parent) == ["model"]
+
+
+@pytest.mark.usefixtures("ways")
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_run_after_one_that_was_killed_takes_along_what_appeared_in_the_old_folder(
+    old: Path, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = OutputFolder(old)
+    output.create()
+    output.put("config.json", b"new")
+    with monkeypatch.context() as patch:  # killed after it gave the new folder its name
+        patch.setattr(output_folder, "carry", Late(old))
+        patch.setattr(output, "_clean_up", lambda replaced: output.release())
+        output.publish(weights)
+    assert "sub/late.txt" not in contents(old)
+    if gone:
+        shutil.rmtree(old)
+    output.create()
+    output.discard()
+    found = contents(old)
+    assert found["sub/late.txt"] == b"late"
+    assert (found["config.json"] == b"new") != gone
+    assert ("model.safetensors" in found) == gone
     assert os.listdir(old.parent) == ["model"]
 
 

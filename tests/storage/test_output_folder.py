@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_while_it_published_is_put_right(old: Path) -> Non
     output.discard()
     assert contents(old) == before
     (old.parent / ".model.old").mkdir()
-    (old.parent / ".model.old" / "x").write_bytes(b"")
+    (old.parent / ".model.old" / "pytorch_model.bin").write_bytes(b"")
     (old.parent / ".model.part.lock").write_bytes(b"part old")
     output.create()
     output.discard()

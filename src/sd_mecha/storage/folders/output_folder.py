@@ -19,6 +19,7 @@ import ctypes
 import errno
 import logging
 import os
+import posixpath
 import re
 import shutil
 import stat
@@ -30,6 +31,7 @@ from sd_mecha.storage import locks
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.disk import reporting, sync_folder
+from sd_mecha.storage.folders.sharded import is_known_weights
 from sd_mecha.storage.folders.trees import carry, remove_tree, sweep, sync_tree, walk
 
 _COPY_SIZE = 8 << 20
@@ -228,14 +230,19 @@ class OutputFolder:
         self._lock = descriptor
 
     def _recover(self) -> None:
-        """Put back, or remove, the old folder that a run left which was killed while it published."""
-        if self._made == _SWAP and os.path.lexists(self._temporary) and _inode(self._temporary) != self._inode:
-            remove_tree(self._temporary)
-        if self._made == _BOTH and os.path.lexists(self._old):
-            if os.path.isdir(self._target):
-                remove_tree(self._old)
-            elif not os.path.lexists(self._target):
-                os.rename(self._old, self._target)
+        """Put back, or remove, the old folder that a run left which was killed while it published.
+
+        What has appeared in it at the last moment comes along.
+        """
+        old = {_SWAP: self._temporary, _BOTH: self._old}.get(self._made, "")
+        if not os.path.lexists(old) or (self._made == _SWAP and _inode(old) == self._inode):
+            return
+        if os.path.isdir(self._target):
+            carry(old, self._target, lambda path: is_known_weights(posixpath.basename(path)))
+            sync_tree(self._target)
+            remove_tree(old)
+        elif not os.path.lexists(self._target):
+            os.rename(old, self._target)
 
     def _make_room(self, resume: bool) -> None:
         """Remove what an earlier run left under the temporary names, but for folders that this one goes on in."""
