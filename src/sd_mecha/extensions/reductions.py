@@ -171,10 +171,14 @@ class _GramState(State):
 
 
 class _RadixState(State):
-    """Finds the bit pattern of the answer 16 bits at a time, highest first; magnitudes order as their bits do."""
+    """Finds the bit pattern of the answer 16 bits at a time, highest first; magnitudes order as their bits do.
+
+    Zeros are the many that a delta may have: an answer among them is known after the first time.
+    """
 
     def __init__(self, k: int, dtype: torch.dtype, device: torch.device) -> None:
         self.k = k
+        self.nonzero = torch.zeros((), dtype=torch.int64, device=device)
         self.dtype = dtype
         self.shift = torch.finfo(dtype).bits - 16
         self.prefix = 0
@@ -183,14 +187,17 @@ class _RadixState(State):
 
     def add(self, reduction: KthMagnitude, start: int) -> None:
         bits = reduction.x.reshape(-1).to(self.dtype).abs().view(_BITS[self.dtype])
+        nonzero: Tensor | int = 0
         above = self.shift + 16
         if above < torch.finfo(self.dtype).bits:
             bits = _with_prefix(bits, above, self.prefix)
             digits = (bits >> self.shift).to(torch.int32).bitwise_and_(0xFFFF)
         else:  # magnitudes have no sign bit: the highest digit has nothing above it
+            bits, nonzero = _without_many_zeros(bits)
             digits = bits.bitwise_right_shift_(self.shift) if self.shift else bits
         counts = torch.bincount(digits) if digits.numel() > _FEW else None
         with self.lock:
+            self.nonzero += nonzero
             if counts is not None:
                 self.counts[: counts.numel()] += counts
             else:
@@ -200,9 +207,13 @@ class _RadixState(State):
                 torch.cuda.current_stream(self.counts.device).synchronize()
 
     def finish(self) -> Tensor | None:
+        if self.k > int(self.nonzero):
+            return torch.zeros((), dtype=self.dtype, device=self.counts.device)
         above = self.counts.flip(0).cumsum(0)  # how many lie in this digit or a higher one
         digit = 0xFFFF - int(torch.searchsorted(above, self.k))
-        self.k -= int(above[0xFFFF - digit] - self.counts[digit])
+        higher = int(above[0xFFFF - digit] - self.counts[digit])
+        self.k -= higher
+        self.nonzero -= higher
         self.prefix = self.prefix << 16 | digit
         if self.shift == 0:
             bits = torch.tensor(self.prefix, dtype=torch.int64, device=self.counts.device)
@@ -210,6 +221,15 @@ class _RadixState(State):
         self.shift -= 16
         self.counts.zero_()
         return None
+
+
+def _without_many_zeros(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers, without those that are 0 if most are, and how many are not."""
+    nonzero = torch.count_nonzero(bits)
+    if bits.is_cpu and 2 * int(nonzero) < bits.numel():  # counting the same digit over and over is slow there
+        numbers = bits.numpy()
+        bits = torch.from_numpy(numbers.compress(numbers != 0))
+    return bits, nonzero
 
 
 def _with_prefix(bits: Tensor, shift: int, prefix: int) -> Tensor:
