@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from sd_mecha.extensions import model_dirs
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, programs ignore ctrl-C
 
 
 @pytest.fixture(autouse=True)
