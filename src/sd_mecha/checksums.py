@@ -74,7 +74,11 @@ def _are_texts(found: Any) -> TypeGuard[dict[str, str]]:
 
 @runtime_checkable
 class Amendable(Writer, Protocol):
-    """A writer that lets what it has be read again, and its metadata be replaced, before it is committed."""
+    """A writer that lets what it has be read again, and its metadata be replaced, before it is committed.
+
+    One that stores tensors as something else than they were declared also has `as_read`: the declared tensors as
+    `read_back`, and later whoever reads the result, finds them; known after `declare`.
+    """
 
     @property
     def dropped(self) -> Collection[str]:
@@ -118,11 +122,12 @@ class ChecksumWriter:
         return getattr(self._writer, "completed", frozenset())
 
     def declare(self, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-        self._entries, self._metadata = dict(entries), dict(metadata)
+        self._metadata = dict(metadata)
         room = Checksums(
             dict.fromkeys(entries, _UNKNOWN), {m: dict.fromkeys(k, _UNKNOWN) for m, (_, k) in self._read.items()}
         )
         self._writer.declare(entries, {**metadata, CHECKSUMS_KEY: room.to_text()})
+        self._entries = dict(getattr(self._writer, "as_read", entries))
         _logger.info("computing checksums of %d input tensors", sum(len(keys) for keys in room.inputs.values()))
         for model, (reader, keys) in self._read.items():
             sizes = {key: reader.entries[key].nbytes for key in keys}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import sd_mecha
 from sd_mecha.checksums import CHECKSUMS_KEY, Checksums
-from sd_mecha.errors import FileFormatError, OptionError
+from sd_mecha.errors import FileFormatError, OptionError, UnknownFormatError
+from sd_mecha.storage.gguf import kinds
+from sd_mecha.storage.output_file import OutputFile
 
 
 def sha256(tensor: torch.Tensor) -> str:
@@ -163,13 +166,135 @@ def test_a_resumed_merge_has_the_same(tmp_path: Path, models: dict[str, dict[str
     assert out.read_bytes() == wanted.read_bytes()
 
 
-def test_an_output_without_room_for_them_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def mixed(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """A file `m` of everything that GGUF stores in its own way, and a tensor that the output lacks."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "large": torch.randn(700, 800, generator=generator),
+        "half": torch.randn(6, 64, generator=generator).half(),
+        "brain": torch.randn(2, 33, generator=generator).bfloat16(),
+        "bias": torch.randn(5, generator=generator).half(),
+        "video": torch.randn(2, 1, 3, 2, 32, generator=generator),
+        "empty": torch.empty(0, 32),
+        "nan": torch.full((64, 64), torch.nan),
+        "scalar": torch.tensor(2.5).bfloat16(),
+        "steps": torch.arange(3),
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    return tensors
+
+
+GGUF = pytest.mark.parametrize("output_format", ["gguf", "gguf-q8_0"])
+
+
+@GGUF
+@pytest.mark.parametrize("threads", [0, 2])
+def test_gguf_files_have_them_of_what_is_read(
+    tmp_path: Path, mixed: dict[str, torch.Tensor], output_format: str, threads: int
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "out.gguf"
+    options: dict[str, Any] = {"output_format": output_format, "output_dtype": None, "threads": threads}
+    sd_mecha.merge(sd_mecha.model(tmp_path / "m.safetensors"), output=out, checksums=True, **options)
+    reader = gguf.GGUFReader(out)
+    found = json.loads(reader.fields["mecha.checksums"].contents())
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    assert stored.keys() == mixed.keys() - {"nan"}
+    quantised = {name for name, tensor in stored.items() if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0}
+    assert quantised == ({"large", "half", "video", "empty"} if output_format == "gguf-q8_0" else set())
+    values = {
+        name: gguf.dequantize(tensor.data, tensor.tensor_type) if name in quantised else tensor.data
+        for name, tensor in stored.items()
+    }
+    assert found["output"] == {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in values.items()}
+    assert values["bias"].dtype == values["scalar"].dtype == "float32"
+    assert found["inputs"] == {
+        (tmp_path / "m.safetensors").as_posix(): {name: sha256(tensor) for name, tensor in mixed.items()}
+    }
+    report = sd_mecha.verify(out, against="embedded", sample=None)
+    assert report.ok, report
+    assert "the checksums of 8 tensors agree" in report.notes
+
+
+@GGUF
+def test_a_flipped_bit_of_a_gguf_file_is_found(
+    tmp_path: Path, mixed: dict[str, torch.Tensor], output_format: str
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "out.gguf"
+    model = sd_mecha.model(tmp_path / "m.safetensors")
+    sd_mecha.merge(model, output=out, output_format=output_format, checksums=True)
+    place = {tensor.name: tensor.data_offset + tensor.n_bytes for tensor in gguf.GGUFReader(out).tensors}
+    raw = bytearray(out.read_bytes())
+    raw[place["large"] - 1] ^= 1
+    out.write_bytes(raw)
+    assert sd_mecha.verify(out).problems == ["tensor 'large' is not what was written: its checksum differs"]
+
+
+@GGUF
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_resumed_gguf_file_has_the_same(
+    tmp_path: Path,
+    mixed: dict[str, torch.Tensor],
+    output_format: str,
+    threads: int,
+    is_moved: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if the header has shrunk by what is dropped, and tensors have moved to where it ends."""
+    if output_format == "gguf-q8_0":
+        pytest.importorskip("gguf")
+    wanted, out = tmp_path / "wanted.gguf", tmp_path / "out.gguf"
+    model = sd_mecha.model(tmp_path / "m.safetensors")
+    options: dict[str, Any] = {"output_format": output_format, "checksums": True}
+    sd_mecha.merge(model, output=wanted, **options)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    progress = None if is_moved else Interrupted
+    with monkeypatch.context() as patch:
+        if is_moved:
+            patch.setattr(OutputFile, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sd_mecha.merge(model, output=out, resume=True, threads=threads, tqdm=progress, **options)
+    assert not out.exists()
+    sd_mecha.merge(model, output=out, resume=True, threads=threads, **options)
+    assert out.read_bytes() == wanted.read_bytes()
+
+
+def test_those_of_a_gguf_file_do_not_travel(tmp_path: Path, mixed: dict[str, torch.Tensor]) -> None:
+    sd_mecha.merge(sd_mecha.model(tmp_path / "m.safetensors"), output=tmp_path / "a.gguf", checksums=True)
+    sd_mecha.merge(sd_mecha.model(tmp_path / "a.gguf"), output=tmp_path / "b.gguf")
+    assert "it has no checksums" in sd_mecha.verify(tmp_path / "b.gguf").notes
+
+
+def test_those_of_many_tensors_are_found_in_a_gguf_file(tmp_path: Path) -> None:
+    sd_mecha.merge(
+        sd_mecha.model({str(i): torch.ones(1) for i in range(600)}), output=tmp_path / "a.gguf", checksums=True
+    )
+    assert "the checksums of 600 tensors agree" in sd_mecha.verify(tmp_path / "a.gguf").notes
+
+
+def test_values_that_nothing_here_reads_are_refused_before_they_are_made(
+    tmp_path: Path, mixed: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds._quantised.cache_clear()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    model, out = sd_mecha.model(tmp_path / "m.safetensors"), tmp_path / "out.gguf"
+    with pytest.raises(UnknownFormatError, match=r"out\.gguf': tensor '.+' is quantised, .* pip install"):
+        sd_mecha.merge(model, output=out, output_format="gguf-q8_0", checksums=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_an_output_without_room_for_them_is_refused() -> None:
     model = sd_mecha.model({"w": torch.ones(2, 2)})
-    with pytest.raises(OptionError, match=r"checksums: .*name an output that ends in \.safetensors"):
-        sd_mecha.merge(model, output=tmp_path / "out.gguf", checksums=True)
+    with pytest.raises(OptionError, match="checksums=True: this output has no metadata"):
+        sd_mecha.merge(model, output=torch.nn.ParameterDict({"w": torch.zeros(2, 2)}), checksums=True)
     with pytest.raises(OptionError, match="checksums needs an output"):
         next(sd_mecha.stream(model, checksums=True))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

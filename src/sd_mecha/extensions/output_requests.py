@@ -24,7 +24,7 @@ class OutputRequest:
         resume: what the output is made of, as a fingerprint: a writer goes on where one with the same fingerprint
             stopped, and keeps what it has when it stops itself.
         checksums: True: `checksums.ChecksumWriter` will read back what was stored and replace the metadata before
-            commit. A format that does not keep the bytes that it is given, or has no metadata, refuses it.
+            commit. A format that cannot read back what it stored, or has no metadata, refuses it.
         inputs: where the models of the recipe lie, in its order: what else a format might go by. Nobody asked for it.
     """
 

@@ -144,7 +144,7 @@ class PlacedWriter(ABC):
         Raises:
             OutputError: it needs more room than was reserved for the declared one.
         """
-        self._lay_out(self._entries, metadata, self._declared().room)
+        self._lay_out(self._kept(), metadata, self._declared().room)
         self._metadata = dict(metadata)
 
     def settle(self) -> None:
@@ -166,8 +166,7 @@ class PlacedWriter(ABC):
         try:
             declared = self._declared()
             self._check_complete()
-            kept = {name: entry for name, entry in self._entries.items() if name not in self._dropped}
-            layout = self._lay_out(kept, self._metadata, declared.room)
+            layout = self._lay_out(self._kept(), self._metadata, declared.room)
             self.settle()
             self._output.on_flush = None  # from now on tensors move
             self._move_down(declared, layout)
@@ -281,6 +280,9 @@ class PlacedWriter(ABC):
         if self._layout is None:
             raise ValueError(f"{self.name}: commit without declare")
         return self._layout
+
+    def _kept(self) -> dict[str, TensorEntry]:
+        return {name: entry for name, entry in self._entries.items() if name not in self._dropped}
 
     def _place(self, name: str) -> tuple[int, int]:
         if self._layout is None:

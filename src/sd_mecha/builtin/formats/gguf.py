@@ -29,7 +29,7 @@ class GgufFormat(LocationFormat):
 
     def writer_for(self, path: Path, request: OutputRequest) -> GgufWriter:
         """The writer; architecture, tokenizer and the like come from the side files, else from the first GGUF input."""
-        request.refuse(self.identifier, path, "shard_size", "checksums")
+        request.refuse(self.identifier, path, "shard_size")
         source = _source(request)
         keys = {}
         if source is not None:

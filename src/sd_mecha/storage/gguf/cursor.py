@@ -27,7 +27,6 @@ _SCALARS = {
 }
 _INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 _MAX_TEXT = 1 << 16  # bytes of a text that is kept
-_MAX_RECIPE = 16 << 20
 _MAX_NUMBERS = 16  # of an array that is kept
 _PIECE = 1 << 18
 _COUNT = _SCALARS[10]
@@ -35,8 +34,11 @@ _KIND = _SCALARS[4]
 
 RECIPE = "mecha.recipe"
 """Key of the recipe that a file was made by."""
+CHECKSUMS = "mecha.checksums"
+"""Key of the checksums of its tensors, and of those that it was made from."""
 WRITTEN = "mecha.dtypes"
 """Key of the dtypes, in one text, that the floats of a file had before they took the form in which it stores them."""
+_MAX_TEXTS = {RECIPE: 16 << 20, CHECKSUMS: MAX_HEADER}  # where that is more
 
 
 class Cursor:
@@ -102,7 +104,7 @@ class Cursor:
             found: Any = self._unpack(_SCALARS[kind])
             return found  # type: ignore[no-any-return]
         if kind == STRING:
-            return self._small_text(_MAX_RECIPE if key == RECIPE else _MAX_TEXT)
+            return self._small_text(_MAX_TEXTS.get(key, _MAX_TEXT))
         if kind == ARRAY:
             return self._array(key)
         self.fail(f"key {brief(key)} has a value of kind {kind}, which GGUF does not know; expected 0 to 12")

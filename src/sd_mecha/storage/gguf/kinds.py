@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sd_mecha.errors import FileFormatError, UnknownFormatError
+from sd_mecha.storage.buffers import byte_view
 
 # Number in a file -> its name and torch's dtype of the same bytes.
 _PLAIN: dict[int, tuple[str, torch.dtype]] = {
@@ -23,6 +25,7 @@ _PLAIN: dict[int, tuple[str, torch.dtype]] = {
     30: ("BF16", torch.bfloat16),
 }
 Q8_0 = 8
+_PIECE = 1 << 16  # values that are worked out at once; a multiple of every block, and small enough for the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,32 @@ def dequantised(kind: Kind, blocks: bytearray) -> Tensor:
     number = gguf.GGMLQuantizationType(kind.number)
     with np.errstate(all="ignore"):  # blocks of a damaged file may stand for inf and nan
         return torch.from_numpy(gguf.dequantize(np.frombuffer(blocks, dtype=np.uint8), number))
+
+
+def read_values(read: Callable[[int, memoryview], None], kind: Kind, start: int, view: memoryview) -> None:
+    """Fill the view from byte `start` on of a tensor as torch sees it.
+
+    Args:
+        read: fills a buffer from some byte on of the tensor as it is stored.
+        kind: how it is stored.
+        start: the byte.
+        view: the view.
+    """
+    if not kind.is_quantised:
+        return read(start, view)
+    size = kind.block * kind.dtype.itemsize
+    done = 0
+    while done < len(view):
+        at = start + done
+        first = at // size
+        count = min(_PIECE // kind.block, -(-(start + len(view)) // size) - first)
+        blocks = bytearray(count * kind.nbytes)
+        read(first * kind.nbytes, memoryview(blocks))
+        skipped = at - first * size
+        values = byte_view(dequantised(kind, blocks))[skipped : skipped + len(view) - done]
+        view[done : done + len(values)] = values
+        done += len(values)
+    return None
 
 
 def quantised_8(values: Tensor) -> Tensor:

@@ -9,18 +9,18 @@ from collections.abc import Mapping
 import torch
 
 from sd_mecha.storage.contract import ByteSource
-from sd_mecha.storage.gguf.cursor import ARRAY, RECIPE, STRING, WRITTEN
+from sd_mecha.storage.gguf.cursor import ARRAY, CHECKSUMS, RECIPE, STRING, WRITTEN
 from sd_mecha.storage.gguf.header import ALIGNMENT, MAGIC, ORIGINAL_SHAPE, VERSION, read_keys
 from sd_mecha.storage.gguf.kinds import PLAIN, QUANTISED_8, Kind
 from sd_mecha.storage.placed_writer import Layout
 
-RECIPE_KEY = "mecha_recipe"
-"""What the recipe is called in the metadata of other formats."""
+OUR_NAMES = {"mecha_recipe": RECIPE, "mecha_checksums": CHECKSUMS}
+"""What we call things in the metadata of other formats -> the key that has them here."""
 _UINT32, _INT32 = 4, 5
 _MAX_SIZES = 4
 _QUANTISATION = 2  # version of how blocks are laid out
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # what llama.cpp calls files of mostly that kind
-_OWN = ("general.alignment", "general.file_type", "general.quantization_version", RECIPE, WRITTEN)
+_OWN = ("general.alignment", "general.file_type", "general.quantization_version", *OUR_NAMES.values(), WRITTEN)
 _OWN_STARTS = ("split.", ORIGINAL_SHAPE)
 _OF_TORCH = "format"  # says that tensors are PyTorch's, where that is a question
 
@@ -54,8 +54,8 @@ def key_values(
     """
     pairs = dict(others)
     for key, text in metadata.items():
-        name = RECIPE if key == RECIPE_KEY else key
-        if (name == RECIPE or not _is_own(name)) and name != _OF_TORCH:
+        name = OUR_NAMES.get(key, key)
+        if (key in OUR_NAMES or not _is_own(name)) and name != _OF_TORCH:
             pairs.setdefault(name, _pair(name, STRING, _text(text)))
     pairs[WRITTEN] = _pair(WRITTEN, STRING, _text(written))
     size_of: dict[str, int] = {}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.dtypes import dtype_name
 from sd_mecha.storage.file_reader import FileReader
-from sd_mecha.storage.gguf.cursor import RECIPE, WRITTEN
-from sd_mecha.storage.gguf.header import Place, read_header
-from sd_mecha.storage.gguf.kinds import PLAIN, Kind, dequantised
-from sd_mecha.storage.gguf.layout import RECIPE_KEY
+from sd_mecha.storage.gguf.cursor import WRITTEN
+from sd_mecha.storage.gguf.header import read_header
+from sd_mecha.storage.gguf.kinds import PLAIN, Kind, read_values
+from sd_mecha.storage.gguf.layout import OUR_NAMES
 
-_PIECE = 1 << 16  # values that are worked out at once; a multiple of every block, and small enough for the cache
-_ITEM = 4  # bytes of a float32
+_COMMON_NAMES = {key: name for name, key in OUR_NAMES.items()}
 
 
 class GgufReader(FileReader):
@@ -39,7 +37,7 @@ class GgufReader(FileReader):
         texts = {key: value for key, value in keys.values.items() if isinstance(value, str)}
         written = texts.pop(WRITTEN, "").split()
         self.written_dtypes = {dtype for dtype in PLAIN if dtype.is_floating_point and dtype_name(dtype) in written}
-        self.metadata = {RECIPE_KEY if key == RECIPE else key: value for key, value in texts.items()}
+        self.metadata = {_COMMON_NAMES.get(key, key): value for key, value in texts.items()}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from byte `start` of that tensor on; safe from several threads.
@@ -50,23 +48,5 @@ class GgufReader(FileReader):
         view = flat_bytes(buffer)
         place = self._places[name]
         check_range(name, start, len(view), self.entries[name].nbytes)
-        if not view:
-            return
-        if place.kind.is_quantised:
-            self._read_blocks(place, start, view)
-        else:
-            self._file.read_into(place.offset + start, view)
-
-    def _read_blocks(self, place: Place, start: int, view: memoryview) -> None:
-        kind = place.kind
-        done = 0
-        while done < len(view):
-            at = start + done
-            first = at // _ITEM // kind.block
-            count = min(_PIECE // kind.block, -(-(start + len(view)) // (_ITEM * kind.block)) - first)
-            blocks = bytearray(count * kind.nbytes)
-            self._file.read_into(place.offset + first * kind.nbytes, memoryview(blocks))
-            skipped = at - first * kind.block * _ITEM
-            values = byte_view(dequantised(kind, blocks))[skipped : skipped + len(view) - done]
-            view[done : done + len(values)] = values
-            done += len(values)
+        if view:
+            read_values(lambda at, part: self._file.read_into(place.offset + at, part), place.kind, start, view)

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import TensorEntry, check_range, flat_bytes
 from sd_mecha.storage.dtypes import dtype_name
 from sd_mecha.storage.gguf.cursor import MAX_HEADER
-from sd_mecha.storage.gguf.kinds import Kind, quantised_8
+from sd_mecha.storage.gguf.kinds import Kind, kind_of, quantised_8, read_values
 from sd_mecha.storage.gguf.layout import build_layout, key_values, kind_for
 from sd_mecha.storage.placed_writer import Layout, PlacedWriter
 
@@ -69,6 +70,20 @@ class GgufWriter(PlacedWriter):
         if self._kinds[name].dtype == self._dtypes[name].dtype and not self._kinds[name].is_quantised:
             return super().write(name, start, buffer)
         return self._convert(name, start, flat_bytes(buffer))
+
+    @property
+    def as_read(self) -> dict[str, TensorEntry]:
+        """The declared tensors as `read_back` gives them, which is as `GgufReader` will.
+
+        Raises:
+            UnknownFormatError: one is quantised, and the gguf package, which reads it, is not installed.
+        """
+        kinds = {n: kind_of(kind.number, f"output {self.name!r}: tensor {n!r}") for n, kind in self._kinds.items()}
+        return {name: TensorEntry(entry.shape, kinds[name].dtype) for name, entry in self._entries.items()}
+
+    def read_back(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer from byte `start` of a tensor that was written and not dropped, as `as_read` has it."""
+        read_values(partial(super().read_back, name), self._kinds[name], start, flat_bytes(buffer))
 
     def drop(self, name: str) -> None:
         super().drop(name)
