@@ -31,6 +31,7 @@ CPU_TILE_BYTES = 4 << 20  # what one worker's tile may hold: a few times the sec
 CPU_TILE = 1 << 17
 CUDA_TILE_BYTES = 256 << 20
 CUDA_TILE = 1 << 22
+KEPT = 16 << 20  # twice as much may stay free at the end of each heap
 
 Finished = Callable[[int, str, int], None]
 """(target, key, bytes) of a result that is complete."""
@@ -61,10 +62,20 @@ class _Sinks:
         self._writers[target].drop(name)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what one tile frees for the next one.
+
+    A block of this size that comes and goes tells glibc that such ones will come again: from then on it keeps smaller
+    ones, instead of returning them to the system, which clears their pages for every tile. The block is never touched.
+    """
+    torch.empty(KEPT, dtype=torch.uint8)
+
+
 class Runner:
     """Runs the programs of a plan; writers have been declared, and are committed or aborted by the caller."""
 
     def __init__(self, plan: Plan, writers: Sequence[Writer], options: RunOptions, finished: Finished) -> None:
+        keep_freed_memory()
         self._plan = plan
         self._sinks = _Sinks(writers)
         self._finished = finished
