@@ -261,3 +261,26 @@ def test_a_claim_is_renewed_when_the_file_was_published_meanwhile(tmp_path: Path
     assert len(calls) == 2
     assert (tmp_path / "out.bin").read_bytes() == b"the other one"
     assert Path(path).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_an_interruption_right_after_the_file_was_made_leaves_none(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, call)
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = real(*arguments)
+        if calls == 1:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            claim(str(tmp_path / ".out.part"))
+    assert calls > 1
+    assert os.listdir(tmp_path) == []

@@ -71,6 +71,9 @@ def claim(path: str, keep: Callable[[], bool] | None = None) -> tuple[int, bool]
             if found is None:
                 continue
             descriptor, fresh = found, False
+        except KeyboardInterrupt:  # it may come when the file is there, and its descriptor is lost
+            _remove_empty(path)
+            raise
         try:
             if not try_lock(descriptor):
                 raise Held(errno.EWOULDBLOCK, "another merge is writing to it")
@@ -79,6 +82,8 @@ def claim(path: str, keep: Callable[[], bool] | None = None) -> tuple[int, bool]
                 return descriptor, not fresh
         except BaseException:
             os.close(descriptor)
+            if fresh:
+                _remove_empty(path)
             raise
         if current:
             remove(path, descriptor)
@@ -130,6 +135,18 @@ def remove(path: str, descriptor: int) -> None:
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _remove_empty(path: str) -> None:
+    """Remove a leftover in which there is nothing. One that another merge has just made, it makes again."""
+    with contextlib.suppress(OSError):
+        descriptor = _open_leftover(path)
+        if descriptor is None:
+            return
+        if os.fstat(descriptor).st_size == 0 and try_lock(descriptor) and leads_to(path, descriptor):
+            remove(path, descriptor)
+        else:
+            os.close(descriptor)
 
 
 def _open_leftover(path: str) -> int | None:
