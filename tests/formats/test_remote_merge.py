@@ -109,6 +109,20 @@ def test_content_that_changes_meanwhile_fails_the_merge(site, tmp_path, monkeypa
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_nothing_is_resumed_from_a_server_that_does_not_tell_contents_apart(site, tmp_path, caplog):
+    """Neither ETag nor time: the content may have become another one of the same size."""
+    output, address = tmp_path / "out.safetensors", site.url("/a.safetensors")
+    site.etags = False
+    site.faults.extend(["ok"] * 4 + ["500"] * 1000)
+    with pytest.raises(ModelAccessError):
+        merged(output, address, site.url("/b.safetensors"), resume=True, threads=0)
+    site.faults.clear()
+    site.files["/a.safetensors"] = content(9)
+    resumed = merged(output, address, site.url("/b.safetensors"), resume=True)
+    assert "a.safetensors does not tell whether it changed: this merge starts afresh" in caplog.text
+    assert resumed == merged(tmp_path / "fresh.safetensors", address, site.url("/b.safetensors"))
+
+
 def test_a_login_page_instead_of_a_model(site, tmp_path):
     site.ranges = False
     site.files["/a"] = b"<!doctype html><title>Sign in</title>"
@@ -231,6 +245,14 @@ def test_an_index_names_its_files_beside_itself(site):
     reader = sd_mecha.extensions.model_formats.open_model(shard)
     assert len(reader.entries) == 20
     reader.close()
+
+
+@pytest.mark.parametrize("named", ["/repo", "/repo/", "/repo/config.json"])
+def test_side_files_may_lie_on_the_web(site, tmp_path, named):
+    site.files["/repo/config.json"] = b'{"architectures": ["Tiny"]}'
+    recipe = sd_mecha.model(site.url("/a.safetensors"))
+    sd_mecha.merge(recipe, output=tmp_path / "out", output_format="huggingface", side_files=site.url(named))
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["architectures"] == ["Tiny"]
 
 
 def test_what_grants_access_is_not_published(site, tmp_path, caplog):

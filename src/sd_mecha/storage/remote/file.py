@@ -51,6 +51,8 @@ class Patience:
 
 
 PATIENCE = Patience()
+LARGEST = 16 * 2**40
+"""Bytes of the largest file that is believed in: the cache has a note of each of its blocks."""
 
 
 def find(place: Place) -> Found:
@@ -59,7 +61,10 @@ def find(place: Place) -> Found:
     Raises:
         ModelNotFoundError, ModelAccessError: no file, or none that can be read.
     """
-    return PATIENCE.run(place.find, lambda: f"{place.name}: cannot be reached")
+    found = PATIENCE.run(place.find, lambda: f"{place.name}: cannot be reached")
+    if found.size > LARGEST:
+        raise ModelAccessError(f"{place.name}: has {found.size} bytes; expected at most {LARGEST}; check the address")
+    return found
 
 
 class _Content:
@@ -78,10 +83,10 @@ class _Content:
         counting = CountingSink(sink)
 
         def attempt() -> None:
-            if start + counting.done < stop:
-                self.place.fetch(self.found, start + counting.done, stop, counting)
-            if start + counting.done < stop:
-                raise InterruptedFetch(f"got {counting.done} of {stop - start} bytes")
+            while (begin := start + counting.done) < stop:  # some servers send so many bytes at a time and no more
+                self.place.fetch(self.found, begin, stop, counting)
+                if start + counting.done == begin:
+                    raise InterruptedFetch(f"got {counting.done} of {stop - start} bytes")
 
         PATIENCE.run(attempt, lambda: f"{self.place.name}: cannot be read at byte {start + counting.done}")
 
@@ -118,7 +123,9 @@ class RemoteFile:
 
     @property
     def fingerprint(self) -> str:
-        """Address, size and what the server says to tell contents apart."""
+        """Address, size and what the server says to tell contents apart; an AttributeError where it says nothing."""
+        if not self._content.found.marks:
+            raise AttributeError(f"{self.name}: only its size is known")
         return f"{self.name} {self._content.found.identity}"
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

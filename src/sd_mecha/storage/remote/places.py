@@ -79,7 +79,7 @@ class Place(Protocol):
         """
 
     def fetch(self, found: Found, start: int, stop: int, sink: Sink) -> None:
-        """Hand all bytes of a range to the sink, in order; what was handed over before an error is right.
+        """Hand bytes of a range to the sink, from its start on; what was handed over before an error is right.
 
         Raises:
             ChangedInputError: what stands there is not what was found any more.

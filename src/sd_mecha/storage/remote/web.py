@@ -53,21 +53,16 @@ class WebPlace:
         with self._client.get(self._address, {"Range": f"bytes=0-{HEAD - 1}"}) as answer:
             if answer.status == 200:
                 return self._without_ranges(answer)
-            total = self._check(answer, fetching=False)
-            if answer.status == 416:  # an empty file has no first byte
-                return Found(0, _marks(answer), b"")
+            total, end = self._check(answer, 0, fetching=False)
             head = bytearray()
-            self._receive(answer, min(HEAD, total), head.extend)
+            self._receive(answer, 0, min(HEAD, end), head.extend)
             return Found(total, _marks(answer), bytes(head))
 
     def fetch(self, found: Found, start: int, stop: int, sink: Sink) -> None:
         with self._client.get(self._address, {"Range": f"bytes={start}-{stop - 1}"}) as answer:
-            total = self._check(answer, fetching=True)
+            total, end = self._check(answer, start, fetching=True)
             found.compare(self.name, replace(found, size=total, marks=_marks(answer)))
-            sent = _CONTENT_RANGE.match(answer.getheader("Content-Range", ""))
-            if sent is None or sent[1] is None or int(sent[1]) != start:
-                raise ModelAccessError(f"{self.name}: asked for byte {start}, got {sent and sent[0]!r}")
-            self._receive(answer, min(stop, int(sent[2]) + 1) - start, sink)
+            self._receive(answer, start, min(stop, end), sink)
 
     def is_folder(self) -> bool:
         return False  # the web knows files only
@@ -87,21 +82,32 @@ class WebPlace:
     def close(self) -> None:
         self._client.close()
 
-    def _check(self, answer: http.client.HTTPResponse, *, fetching: bool) -> int:
-        """The size of the file, if this is the answer that was hoped for."""
-        status = answer.status
+    def _check(self, answer: http.client.HTTPResponse, start: int, *, fetching: bool) -> tuple[int, int]:
+        """The size of the file and where the range ends that comes, if this is the answer that was hoped for."""
+        if answer.status not in (206, 416):
+            raise self._refusal(answer, fetching)
         sent = _CONTENT_RANGE.match(answer.getheader("Content-Range", ""))
-        if status in (206, 416) and sent is None:
+        if sent is None:
             raise ModelAccessError(f"{self.name}: the server does not say how large the file is; download it first")
-        total = int(sent[3]) if sent else 0
-        if status == 206:
-            self._check_encoding(answer)
-            return total
-        if status == 416 and total == 0 and not fetching:
-            return total
-        if status == 416:
+        total = int(sent[3])
+        if answer.status == 416 and (fetching or total):
             raise ChangedInputError(f"{self.name}: has {total} bytes now; it was shortened; merge again")
-        raise self._refusal(answer, fetching)
+        if answer.status == 416:  # an empty file has no first byte
+            return 0, 0
+        self._check_encoding(answer)
+        first, end = (int(sent[1]), int(sent[2]) + 1) if sent[1] else (0, 0)
+        if not start == first < end <= total:
+            raise self._misfit(start, f"{sent[0]!r}")
+        said = "" if answer.chunked else answer.headers.get("Content-Length", "")
+        if said not in ("", str(end - first)):
+            raise self._misfit(start, f"{said} bytes as {sent[0]!r}")
+        return total, end
+
+    def _misfit(self, start: int, came: str) -> ModelAccessError:
+        return ModelAccessError(
+            f"{self.name}: asked for bytes from {start} on, got {came}: the server, or a proxy before it, does not "
+            "keep to ranges; download the file and name the copy"
+        )
 
     def _refusal(self, answer: http.client.HTTPResponse, fetching: bool) -> MechaError | InterruptedFetch:
         said = f"{answer.status} {answer.reason}".strip()
@@ -150,9 +156,16 @@ class WebPlace:
         if encoding.lower() != "identity":
             raise ModelAccessError(f"{self.name}: the server sends it compressed ({encoding}); download it first")
 
-    def _receive(self, answer: http.client.HTTPResponse, length: int, sink: Sink) -> None:
-        """Hand on the body, which must have that length."""
-        done = 0
+    def _receive(self, answer: http.client.HTTPResponse, start: int, stop: int, sink: Sink) -> None:
+        """Hand on that range, with which the body begins."""
+        done, length = 0, stop - start
+        if answer.length is None and length:  # its end alone shows whether all of it is right
+            body = answer.read(length + 1)
+            if len(body) < length:
+                raise InterruptedFetch(f"the connection ended after {len(body)} of {length} bytes")
+            if len(body) > length:
+                raise self._misfit(start, f"more than {length} bytes")
+            return sink(memoryview(body))
         target = sink if isinstance(sink, LendingSink) else CountingSink(sink, min(PIECE, length))
         while done < length:
             count = answer.readinto(target.room()[: min(PIECE, length - done)])
