@@ -112,6 +112,25 @@ def test_a_damaged_file_is_still_recognised(tmp_path: Path, new: bool) -> None:
         sd_mecha.merge(sd_mecha.model(path))
 
 
+def test_what_is_saved_beside_no_dict_is_told_in_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.pt", [torch.ones(2), torch.ones(2)])
+    with pytest.raises(FileFormatError, match=r"holds \[<tensor>, <tensor>\]; expected a dict of tensors"):
+        sd_mecha.merge(sd_mecha.model(path))
+
+
+@KINDS
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_tensors_are_refused_as_such(tmp_path: Path, new: bool) -> None:
+    scales = torch.ones(2), torch.zeros(2)
+    for weight in (
+        torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+        torch.quantize_per_channel(torch.ones(2, 3), *scales, 0, torch.qint8),
+    ):
+        path = write(tmp_path / "quantized.pt", {"w": weight}, new)
+        with pytest.raises(FileFormatError, match="tensor 'w': it is quantized"):
+            sd_mecha.merge(sd_mecha.model(path))
+
+
 def test_the_format_only_reads(tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError, match="cannot write"):
         model_formats.resolve("pytorch").writer(tmp_path / "x.pt")

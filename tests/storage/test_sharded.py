@@ -17,7 +17,7 @@ from sd_mecha.extensions.model_formats import open_model
 from sd_mecha.storage.contract import Reader
 from sd_mecha.storage.folders import sharded
 from sd_mecha.storage.folders.joined import JoinedReader, join_components
-from sd_mecha.storage.folders.sharded import find_weights, is_index, open_sharded
+from sd_mecha.storage.folders.sharded import find_weights, is_index, is_known_weights, open_sharded
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.memory import MemoryReader
 from tests.storage.places import Unlisted
@@ -117,7 +117,7 @@ def test_a_change_of_any_file_is_noticed(tmp_path: Path, file: str) -> None:
         ({"weight_map": {"a": "x\\y"}}, "expected one within the folder"),
         ({"weight_map": {"a": ""}}, "expected one within the folder"),
         ({"weight_map": {"a": "."}}, "expected one within the folder"),
-        ({"weight_map": {"a": f"./{FIRST}"}}, "expected one within the folder"),
+        ({"weight_map": {"a": f".//{FIRST}"}}, "expected one within the folder"),
         ({"weight_map": {"a": NAME}}, "is an index itself"),
         ({"weight_map": {"a": "inside"}}, "is a folder"),
         (b'{"weight_map": {"a": "x", "a": "y"}}', "names a key twice"),
@@ -136,6 +136,20 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: Any, rule: str) -> None:
         opened(shards(tmp_path, index))
     assert rule in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+    assert "header" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_white_space_mean_nothing(tmp_path: Path) -> None:
+    index = shards(tmp_path, b"\xef\xbb\xbf\r\n " + json.dumps({"weight_map": WEIGHTS}).encode())
+    reader = open_model(LocalLocation(index))
+    assert set(reader.entries) == {"a", "b", "c"}
+    reader.close()
+
+
+def test_files_may_be_named_as_those_of_this_folder(tmp_path: Path) -> None:
+    reader = opened(shards(tmp_path, {"weight_map": {"a": f"./{FIRST}", "b": FIRST, "c": f"./{SECOND}"}}))
+    assert set(reader.entries) == {"a", "b", "c"}
+    reader.close()
 
 
 def test_a_path_that_leads_out_is_told_with_the_index_and_the_tensor(tmp_path: Path) -> None:
@@ -207,6 +221,16 @@ def test_files_that_were_opened_are_closed_again_on_failure(tmp_path: Path) -> N
         (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
          "diffusion_pytorch_model.safetensors"),
         (["diffusion_pytorch_model.fp16.safetensors"], "diffusion_pytorch_model.fp16.safetensors"),
+        (["model.bf16.safetensors"], "model.bf16.safetensors"),
+        (["diffusion_pytorch_model.non_ema.bin"], "diffusion_pytorch_model.non_ema.bin"),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], "model.fp16.safetensors"),
+        (["model.bf16.safetensors", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["model.bf16.safetensors", "pytorch_model.bf16.bin"], "model.bf16.safetensors"),
+        (["model.safetensors.index.fp8-e4m3.json", "model.fp8-e4m3-00001-of-00002.safetensors"],
+         "model.safetensors.index.fp8-e4m3.json"),
+        (["diffusion_pytorch_model.safetensors.bf16.index.json", "diffusion_pytorch_model-1-of-2.bf16.safetensors"],
+         "diffusion_pytorch_model.safetensors.bf16.index.json"),
+        (["model.bf16-00001-of-00002.safetensors", "model-00001-of-00002.bf16.safetensors"], None),
         (["config.json", "anything.safetensors"], "anything.safetensors"),
         (["anything.safetensors"], None),
         (["config.json", "one.safetensors", "other.safetensors"], None),
@@ -220,11 +244,41 @@ def test_which_file_of_a_folder_is_its_model(tmp_path: Path, names: list[str], e
     assert (None if found is None else found.basename) == expected
 
 
+def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
+    for name in ("model.non_ema.safetensors", "model.safetensors.index.bf16.json"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileFormatError) as caught:
+        find_weights(LocalLocation(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}: several variants of a model: got 'model.safetensors.index.bf16.json', "
+        "'model.non_ema.safetensors', expected one; name the file or index, or keep one only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.bf16-00001-of-00002.safetensors", True),
+        ("model-00001-of-00002.bf16.safetensors", True),
+        ("diffusion_pytorch_model.non_ema.bin", True),
+        ("pytorch_model.bin.index.8-bit.json", True),
+        ("diffusion_pytorch_model.safetensors.bf16.index.json", True),
+        ("model_card.safetensors", False),
+        ("model.a.b.c.safetensors", False),
+        ("model.epoch5.safetensors", False),
+    ],
+)
+def test_weights_of_the_usual_variants_are_known(name: str, expected: bool) -> None:
+    assert is_known_weights(name) is expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("renamed", b'{"weight_map": {}}', True),
         (NAME, b'{"metadata": {"long": "text"}', True),
+        ("renamed", b'\xef\xbb\xbf\r\n {"weight_map": {}}', True),
+        ("model.safetensors.index.8-bit.json", b'{"metadata": {"long": "text"}', True),
         (NAME, b"<html>", False),
         ("config.json", b'{"model_type": "llama"}', False),
         ("model.safetensors", b'{\0\0\0\0\0\0\0{"weight_map": ', False),

@@ -26,6 +26,7 @@ class OutputRequest:
         checksums: True: `checksums.ChecksumWriter` will read back what was stored and replace the metadata before
             commit. A format that cannot read back what it stored, or has no metadata, refuses it.
         inputs: where the models of the recipe lie, in its order: what else a format might go by. Nobody asked for it.
+        scaled: whether matrices come as fp8 with scales beside them; any format can hold those.
     """
 
     shard_size: int | None = None
@@ -33,10 +34,11 @@ class OutputRequest:
     resume: str | None = None
     checksums: bool | None = None
     inputs: tuple[Location, ...] = ()
+    scaled: bool = False
 
     def given(self) -> Iterator[tuple[str, Any]]:
         """Names and values of what is asked for."""
-        asked = (f.name for f in fields(self) if f.name != "inputs")
+        asked = (f.name for f in fields(self) if f.name not in ("inputs", "scaled"))
         return ((name, value) for name in asked if (value := getattr(self, name)) is not None)
 
     def refuse(self, identifier: str, path: Path, *names: str) -> None:
@@ -52,3 +54,15 @@ class OutputRequest:
                     f"{name}{shown}: the format {identifier!r} of output {str(path)!r} has nothing of that kind; "
                     f"leave it out, or {_INSTEAD.get(name, _FOLDER)}"
                 )
+
+    def refuse_scales(self, identifier: str, path: Path) -> None:
+        """Refuse scaled fp8, where the library that reads the format would take the values without their scales.
+
+        Raises:
+            OptionError: the tensors are that.
+        """
+        if self.scaled:
+            raise OptionError(
+                f"scaled_fp8: the library that loads the format {identifier!r} of output {str(path)!r} does not read "
+                "these scales; leave it out, or name an output that ends in .safetensors (one file, no shard_size)"
+            )

@@ -7,6 +7,9 @@ import codecs
 HEAD_SIZE = 256
 """How many leading bytes `describe_foreign` wants to see."""
 
+BEFORE_TEXT = b"\xef\xbb\xbf \t\r\n"
+"""The bytes that a text may begin with and mean nothing by: a byte order mark and white space."""
+
 _STARTS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -45,13 +48,14 @@ def describe_foreign(head: bytes) -> str | None:
     """
     if not head:
         return "an empty file (0 bytes): a download or copy that did not finish; fetch it again"
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML_STARTS):
+    text = head.lstrip(BEFORE_TEXT)
+    if text.lower().startswith(_HTML_STARTS):
         return "a web page (HTML): the download link wants a login or has expired; download the model again"
     if head[:100].rstrip(b"\0") in _TAR_MEMBERS and len(head) > 100:
         return (
             "a tar archive as PyTorch before 0.2 wrote, which cannot be read; load it with torch.load and save it again"
         )
-    return next((what for start, what in _STARTS if head.startswith(start)), None) or _text(head)
+    return next((what for start, what in _STARTS if text.startswith(start)), None) or _text(head)
 
 
 def _text(head: bytes) -> str | None:

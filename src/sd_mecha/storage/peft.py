@@ -26,10 +26,13 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _MAX_CONFIG = 10_000_000
 _MAX_PATTERN = 200
+_MAX_WORK = 200_000_000  # steps, of some 20 ns, to match expressions with the names of modules
+_EXPRESSION, _MATCH = 20_000, 50  # steps to compile an expression, and to begin to match it
+_PLAIN = re.compile(r"\^?[\w.-]+")
 _RANKED = re.compile(r"(.+)\.(?:lora_A|lora_embedding_A|hada_w1_b|lokr_w1_b|lokr_w2_b)(?:\.weight|\.\w+)?")
 _WHOLE = re.compile(r"(.+)\.lokr_w1(?:\.\w+)?")
 _WRAPPER = "base_model.model."
-_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_ENDLESS = re.compile(r"\)[*+?{]|\(\?(?![:=!])")  # groups that repeat, and those with rules of their own
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -123,21 +126,17 @@ def _alphas(
     if usual is None:
         return
     usual = _number(usual, "lora_alpha", source)
-    patterns = settings.get("alpha_pattern") or {}
-    if type(patterns) is not dict:
-        _fail(source, "alpha_pattern", patterns, "an object of names and numbers")
-    own = [(_pattern(name, source), _number(value, "alpha_pattern", source)) for name, value in patterns.items()]
-    ranked: set[str] = set()
+    ranks: dict[str, int] = {}
     for key, entry in entries.items():
         found = _RANKED.fullmatch(key)
-        if found is None or not entry.shape or found[1] in ranked:
-            continue
-        ranked.add(found[1])
-        name = found[1].removeprefix(_WRAPPER)
-        alpha = next((value for pattern, value in own if pattern.match(name)), usual)
+        if found is not None and entry.shape:
+            ranks.setdefault(found[1], entry.shape[0])
+    own = _own_alphas(settings.get("alpha_pattern") or {}, [name.removeprefix(_WRAPPER) for name in ranks], source)
+    for module, rank in ranks.items():
+        alpha = own.get(module.removeprefix(_WRAPPER), usual)
         # The product is scaled by alpha / sqrt(rank) instead of alpha / rank.
-        yield f"{found[1]}.alpha", alpha * math.sqrt(entry.shape[0]) if settings.get("use_rslora") else alpha
-    whole = {found[1] for key in entries if (found := _WHOLE.fullmatch(key))} - ranked
+        yield f"{module}.alpha", alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    whole = {found[1] for key in entries if (found := _WHOLE.fullmatch(key))} - ranks.keys()
     if whole and usual != settings.get("r"):
         _logger.warning(
             "%s: %d modules such as %r are products of whole matrices, which count as they are: their factor of "
@@ -148,15 +147,45 @@ def _alphas(
         )
 
 
-def _pattern(name: str, source: str) -> re.Pattern[str]:
-    """A name or expression for the end of the names of modules, as PEFT reads it."""
-    # Groups that repeat can take for ever to fail, and nobody needs them here.
-    if len(name) <= _MAX_PATTERN and not _REPEATED_GROUP.search(name):
-        try:
-            return re.compile(rf"(?:.*\.)?(?:{name})$")
-        except re.error:
-            pass
-    _fail(source, "alpha_pattern", name, "the end of a module's name, or a plain expression for it")
+def _own_alphas(patterns: Any, names: list[str], source: str) -> dict[str, float]:
+    """What `alpha_pattern` says: names of modules, or of their ends, or expressions for these; the first counts."""
+    if type(patterns) is not dict:
+        _fail(source, "alpha_pattern", patterns, "an object of names and numbers")
+    plain: dict[str, tuple[int, float]] = {}
+    expressions: list[tuple[re.Pattern[str], tuple[int, float]]] = []
+    length, dots = (max(map(count, names), default=0) for count in (len, lambda name: name.count(".")))
+    work = 0
+    for place, (pattern, value) in enumerate(patterns.items()):
+        found = place, _number(value, "alpha_pattern", source)
+        if len(pattern) <= _MAX_PATTERN and _PLAIN.fullmatch(pattern):
+            plain[pattern] = found
+            continue
+        if len(pattern) <= _MAX_PATTERN and not _ENDLESS.search(pattern):
+            work += _EXPRESSION + len(names) * (_MATCH + length + (dots + 1) * _ways(pattern, length))
+            if work <= _MAX_WORK:
+                try:
+                    expressions.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), found))
+                    continue
+                except re.error:
+                    pass
+        _fail(source, "alpha_pattern", pattern, "the end of a module's name, or a simple expression for it")
+    own = {}
+    for name in names:
+        end = name[-_MAX_PATTERN - 1 :]
+        ends = [f"^{name}", name, *(end[at + 1 :] for at, letter in enumerate(end) if letter == ".")]
+        hits = [plain[end] for end in ends if end in plain]
+        hits += [found for expression, found in expressions if expression.match(name)]
+        if hits:
+            own[name] = min(hits)[1]
+    return own
+
+
+def _ways(pattern: str, length: int) -> int:
+    """In how many ways, at most, an expression may be tried on a text of that length before it fails."""
+    repeats = sum(map(pattern.count, "*+{"))
+    groups = max(pattern.count("("), 1)
+    options = pattern.count("?") - pattern.count("(?")
+    return int(math.comb(length + repeats, repeats) * (pattern.count("|") + 1) ** groups * 2**options)
 
 
 def _number(value: Any, name: str, source: str) -> float:

@@ -74,7 +74,11 @@ def parse_header(raw: bytes, data_size: int, source: str) -> tuple[dict[str, Ten
     Raises:
         FileFormatError: naming file, key, rule, what was found and what was expected.
     """
-    header = parse_object(raw, source)
+    if not raw.startswith(b"{"):
+        raise FileFormatError(
+            f"{source}: header does not start with '{{': got {brief(raw[:16])}, expected a JSON object"
+        )
+    header = parse_object(raw, f"{source}: header")
     metadata = _check_metadata(header.pop(METADATA_KEY, None), source)
     ranges = []
     entries = {}

@@ -50,6 +50,7 @@ class DiffusersFormat(LocationFormat):
 
     def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
         check_kind(path, self)
+        request.refuse_scales(self.identifier, path)
         folder = reference(request, PIPELINE)
         if folder is None:
             raise OptionError(

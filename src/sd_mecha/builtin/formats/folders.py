@@ -8,7 +8,7 @@ from pathlib import Path
 from sd_mecha.errors import FileFormatError, MechaError, OptionError, OutputError
 from sd_mecha.extensions.model_formats import LocationFormat, ModelFormat, OutputRequest, get_all, open_model
 from sd_mecha.storage.contract import Reader, TensorEntry
-from sd_mecha.storage.folders.sharded import STEMS, find_weights, is_index, open_sharded
+from sd_mecha.storage.folders.sharded import STEMS, find_weights, is_index, open_sharded, weight_choices
 from sd_mecha.storage.folders.sharded_writer import SideFile
 from sd_mecha.storage.folders.side_files import CONFIG, MAX_SIDE_FILE, fitted_config, side_files
 from sd_mecha.storage.locations import LocalLocation, Location
@@ -36,7 +36,8 @@ def reference(request: OutputRequest, marker: str) -> Location | None:
     """
     given = request.side_files
     if given is not None:
-        folder = given if given.is_folder() else given.parent()
+        named = given.is_folder() or given.child(marker).is_file()  # the web knows no folders
+        folder = given if named else given.parent()
         if not folder.child(marker).is_file():
             raise OptionError(
                 f"side_files={given.name!r}: there is no {marker} in {folder.name!r}; name the folder of a model "
@@ -44,11 +45,13 @@ def reference(request: OutputRequest, marker: str) -> Location | None:
             )
         return folder
     for location in request.inputs:
-        is_folder = location.is_folder()
-        if is_folder or location.basename.startswith((*STEMS, "pytorch_model", marker)):
-            folder = location if is_folder else location.parent()
-            if folder.child(marker).is_file():
-                return folder
+        folder = location if location.is_folder() else location.parent()
+        if (
+            folder is location
+            or location.basename.startswith((*STEMS, "pytorch_model", marker))
+            or (folder.children() and location.basename in [place.basename for place in weight_choices(folder)])
+        ) and folder.child(marker).is_file():
+            return folder
     return None
 
 
@@ -95,10 +98,11 @@ def files_along(folder: Location, entries: Mapping[str, TensorEntry], inside: st
 
 def _names(folder: Location) -> Collection[str]:
     """What tensors a model has; nothing where only its side files are there."""
-    if find_weights(folder) is None:
+    choices = weight_choices(folder)
+    if not choices:
         return ()
     try:
-        reader = open_weights(folder)
+        reader = open_weights(choices[0])
     except MechaError:
         return ()
     names = list(reader.entries)

@@ -10,7 +10,7 @@ from sd_mecha.builtin.formats.folders import check_kind, files_along, open_weigh
 from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, register_model_format
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.folders.pipelines import is_pipeline
-from sd_mecha.storage.folders.sharded import STEMS, find_weights, is_index, stem_of
+from sd_mecha.storage.folders.sharded import STEMS, is_index, stem_of, weight_choices
 from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter, SideFile
 from sd_mecha.storage.folders.side_files import CONFIG
 from sd_mecha.storage.locations import Location
@@ -26,7 +26,7 @@ class HuggingFaceFormat(LocationFormat):
 
     def recognises(self, location: Location) -> bool:
         if location.is_folder():
-            return not is_pipeline(location) and find_weights(location) is not None
+            return not is_pipeline(location) and bool(weight_choices(location))
         return is_index(location)
 
     def open(self, location: Location) -> Reader:
@@ -34,6 +34,7 @@ class HuggingFaceFormat(LocationFormat):
 
     def writer_for(self, path: Path, request: OutputRequest) -> ShardedWriter:
         check_kind(path, self)
+        request.refuse_scales(self.identifier, path)
         folder = reference(request, CONFIG)
 
         def along(entries: Mapping[str, TensorEntry]) -> Iterable[SideFile]:
@@ -44,6 +45,6 @@ class HuggingFaceFormat(LocationFormat):
             )
             return ()
 
-        weights = None if folder is None else find_weights(folder)
-        stem = STEMS[0] if weights is None else stem_of(weights)
+        weights = [] if folder is None else weight_choices(folder)
+        stem = stem_of(weights[0]) if weights else STEMS[0]
         return ShardedWriter(path, [Part(stem)], request.shard_size, along, request.resume)

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.folders.sharded import find_weights
+from sd_mecha.storage.folders.sharded import find_weights, is_known_weights
 from sd_mecha.storage.folders.side_files import CONFIG
+from sd_mecha.storage.foreign import BEFORE_TEXT
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.strict_json import brief, parse_object
 
@@ -23,13 +24,14 @@ diffusers passes over keys that begin with an underscore; but not everywhere whe
 """
 _MAX_PIPELINE = 1 << 20
 _NAME = re.compile(r"[A-Za-z]\w*")
+_NO_MODEL = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in the names of classes that have no weights
 
 
 def is_pipeline(location: Location) -> bool:
     """Whether a place is the folder of a pipeline, or the `model_index.json` in it."""
     if location.is_folder():
         return location.child(PIPELINE).is_file()
-    return location.basename == PIPELINE and location.head.startswith(b"{")
+    return location.basename == PIPELINE and location.head.lstrip(BEFORE_TEXT).startswith(b"{")
 
 
 def pipeline_folder(location: Location) -> Location:
@@ -43,6 +45,11 @@ def components(folder: Location) -> dict[str, Location]:
     Raises:
         FileFormatError: `model_index.json` breaks a rule.
     """
+    return {component: folder.child(component) for component in _classes(folder)}
+
+
+def _classes(folder: Location) -> dict[str, str]:
+    """The class of each component that a pipeline names."""
     name, pipeline = _listing(folder)
     found = {}
     for component, value in pipeline.items():
@@ -52,7 +59,7 @@ def components(folder: Location) -> dict[str, Location]:
             raise FileFormatError(
                 f"{name}: bad name of a component: got {brief(component)}, expected letters, digits and underscores"
             )
-        found[component] = folder.child(component)
+        found[component] = value[1]
     if not found:
         raise FileFormatError(
             f"{name}: names no component: got {brief(sorted(pipeline))}, expected names with a library and a class each"
@@ -64,19 +71,35 @@ def component_weights(folder: Location) -> dict[str, Location]:
     """What the components of a pipeline keep their weights in; schedulers and tokenizers have none.
 
     Raises:
-        FileFormatError: `model_index.json` breaks a rule, or no component has weights.
+        FileFormatError: `model_index.json` breaks a rule, no component has weights, one that is a model lacks them,
+            or one has several variants.
     """
     found = {}
-    parts = components(folder)
-    for name, place in parts.items():
-        weights = find_weights(place)
+    parts = _classes(folder)
+    for name, kind in parts.items():
+        weights = find_weights(folder.child(name))
         if weights is not None:
             found[name] = weights
+        elif not _NO_MODEL.search(kind):
+            _check_weightless(folder.child(name), kind)
     if not found:
         raise FileFormatError(
             f"{folder.name}: none of its components has weights (looked in {', '.join(parts)}); download them, too"
         )
     return found
+
+
+def _check_weightless(place: Location, kind: str) -> None:
+    """Refuse the folder of a component in which no weights are found, although it is that of a model."""
+    names = place.children()
+    if not place.child(CONFIG).is_file() and not any(
+        is_known_weights(name) or name.endswith((".safetensors", ".bin")) for name in names
+    ):
+        return
+    raise FileFormatError(
+        f"{place.name}: component of class {brief(kind)} without weights: got {brief(names)}, expected a file of "
+        f"weights or an index; download it, or set {place.basename} to [null, null] in {PIPELINE}"
+    )
 
 
 def absent_components(folder: Location) -> list[str]:

@@ -10,11 +10,13 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NoReturn
 
 from sd_mecha.errors import FileFormatError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.contract import ByteSource, Reader
 from sd_mecha.storage.folders.joined import JoinedReader, close_all
+from sd_mecha.storage.foreign import BEFORE_TEXT
 from sd_mecha.storage.links import broken_link
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.strict_json import brief, parse_object
@@ -30,20 +32,22 @@ STEMS = ("model", "diffusion_pytorch_model")
 """What files of weights are called before their ending: by transformers, and by diffusers."""
 
 _TORCH = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
-_INDEX_NAME = re.compile(r".*\.index(\.\w+)?\.json")
+_INDEX_NAME = re.compile(r".*\.index(\.[\w-]+)?\.json")
 _SINGLE = re.compile(r"[^.\\:/][^\\:/]*\.safetensors")
-_VARIANT = "fp16"
-_KNOWN_WEIGHTS = re.compile(  # libraries have put the variant before the number, and after it
-    rf"({'|'.join({*STEMS, *_TORCH.values()})})(\.{_VARIANT})?(-\d+-of-\d+)?(\.{_VARIANT})?\.(safetensors|bin)"
-    r"(\.index(\.\w+)?\.json)?"
+_FIRST_VARIANTS = ("", "fp16")
+_VARIANT = r"(?:\.([\w-]+?))?"
+_KNOWN_WEIGHTS = re.compile(  # libraries have put the variant before the number, or before `index`, and after it
+    rf"(?:{'|'.join({*STEMS, *_TORCH.values()})}){_VARIANT}(-\d+-of-\d+)?{_VARIANT}\.(?:safetensors|bin)"
+    rf"(?:{_VARIANT}\.index{_VARIANT}\.json)?"
 )
+_USUAL_VARIANT = re.compile(r"(fp|bf|int)\d+[\w-]*|\d+-?bit|(non_)?ema")
 
 _logger = logging.getLogger("sd_mecha")
 
 
 def is_index(location: Location) -> bool:
     """Whether a file is an index, by its first bytes; its name decides where they do not tell."""
-    head = location.head.lstrip()
+    head = location.head.lstrip(BEFORE_TEXT)
     if not head.startswith(b"{") or b"\0" in head:
         return False
     return b'"weight_map"' in head or bool(_INDEX_NAME.fullmatch(location.basename))
@@ -52,31 +56,53 @@ def is_index(location: Location) -> bool:
 def find_weights(folder: Location) -> Location | None:
     """The file or index that a folder keeps its model in, None if there is none.
 
+    Raises:
+        FileFormatError: there are several variants, and none goes before the others.
+    """
+    found = weight_choices(folder)
+    if len(found) > 1:
+        names = ", ".join(brief(place.basename) for place in found)
+        _fail(folder.name, "several variants of a model", names, "one; name the file or index, or keep one only")
+    return found[0] if found else None
+
+
+def weight_choices(folder: Location) -> list[Location]:
+    """The files or indexes that a folder may keep its model in: several if they are variants that are all alike.
+
     Args:
         folder: on this computer, or at an address; where that cannot be listed, the usual names are tried.
 
-    Of several, safetensors go before pickles, and full precision before a smaller variant.
+    Safetensors go before pickles, and full precision before fp16, which goes before other variants.
     """
     listed = set(folder.children())
     unlisted = not listed and not isinstance(folder, LocalLocation)
-    for name in _weight_names():
-        if name in listed or unlisted:
-            found = folder.child(name)
-            if found.is_file():
-                return found
+
+    def first(variant: str) -> list[Location]:
+        places = (folder.child(name) for name in _weight_names(variant) if name in listed or unlisted)
+        return list(islice((place for place in places if place.is_file()), 1))
+
+    for variant in _FIRST_VARIANTS:
+        if found := first(variant):
+            return found
+    others = {variant for name in listed if (variant := _variant(name))}
+    if found := [place for variant in sorted(others) for place in first(variant)]:
+        return found
     single = [name for name in listed if _SINGLE.fullmatch(name)]
-    if len(single) == 1 and "config.json" in listed:
-        return folder.child(single[0])
-    return None
+    return [folder.child(single[0])] if len(single) == 1 and "config.json" in listed else []
 
 
 def is_known_weights(name: str) -> bool:
     """Whether a library takes a file of that name for the weights of a folder, for some of them, or for their index.
 
+    A variant that is no usual one is a name that somebody gave.
+
     >>> is_known_weights("pytorch_model-00001-of-00002.bin"), is_known_weights("lora.safetensors")
     (True, False)
+    >>> is_known_weights("model.bf16.safetensors"), is_known_weights("model.epoch5.safetensors")
+    (True, False)
     """
-    return _KNOWN_WEIGHTS.fullmatch(name) is not None
+    known = _KNOWN_WEIGHTS.fullmatch(name)
+    return known is not None and all(map(_USUAL_VARIANT.fullmatch, filter(None, known.group(1, 3, 4, 5))))
 
 
 def stem_of(weights: Location) -> str:
@@ -152,6 +178,7 @@ def read_index(source: ByteSource) -> tuple[dict[str, str], dict[str, str]]:
     for key, shard in weight_map.items():
         if type(shard) is not str:
             _fail(name, "weight_map does not map to text", f"{brief(key)}: {brief(shard)}", "the name of a file")
+        weight_map[key] = shard.removeprefix("./")
     metadata = index.get("metadata")
     texts = metadata if type(metadata) is dict else {}
     return weight_map, {key: text for key, text in texts.items() if type(text) is str}
@@ -225,16 +252,24 @@ def _tell_unnamed(index: str, count: int, example: str) -> None:
     )
 
 
-def _weight_names() -> list[str]:
-    """Names of files and indexes, the one to take first."""
-    model, diffusion = STEMS
-    names = []
-    for variant in ("", f".{_VARIANT}"):
-        files = [f"{stem}{variant}.safetensors" for stem in STEMS]
-        indexes = [f"{stem}.safetensors.index{variant}.json" for stem in STEMS]
-        names += [files[0], indexes[0], indexes[1], files[1]]  # the order in which each library looks
-        for stem in (_TORCH[model], _TORCH[diffusion]):
-            names += [f"{stem}{variant}.bin", f"{stem}.bin.index{variant}.json"]
+def _variant(name: str) -> str:
+    """The variant that a file or index is, by its name; empty where there is none, or it is one file of several."""
+    known = _KNOWN_WEIGHTS.fullmatch(name)
+    if known is None or known[2]:
+        return ""
+    return next(filter(None, known.groups()), "")
+
+
+def _weight_names(variant: str) -> list[str]:
+    """Names of the files and indexes of a variant, the one to take first."""
+    variant = variant and f".{variant}"
+    files = [f"{stem}{variant}.safetensors" for stem in STEMS]
+    indexes = [f"{stem}.safetensors.index{variant}.json" for stem in STEMS]
+    names = [files[0], indexes[0], indexes[1], files[1]]  # the order in which each library looks
+    for stem in _TORCH.values():
+        names += [f"{stem}{variant}.bin", f"{stem}.bin.index{variant}.json"]
+    if variant:  # as diffusers once had it
+        names += [f"{STEMS[1]}.{ending}{variant}.index.json" for ending in ("safetensors", "bin")]
     return names
 
 

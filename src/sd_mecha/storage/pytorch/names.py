@@ -49,6 +49,9 @@ class StoredTensor:
         self.dtype = dtype
         self.metadata = metadata
 
+    def __repr__(self) -> str:
+        return "<tensor>"
+
 
 class UnreadableTensor:
     """A tensor of a kind that cannot be read; that matters only where it is one of the model's."""
@@ -57,6 +60,9 @@ class UnreadableTensor:
 
     def __init__(self, what: str) -> None:
         self.what = what
+
+    def __repr__(self) -> str:
+        return "<tensor>"
 
 
 def _storages() -> dict[str, torch.dtype]:
@@ -207,6 +213,7 @@ numpy.random._pickle: __bit_generator_ctor __generator_ctor __randomstate_ctor
 numpy.random._mt19937: MT19937
 numpy.random._pcg64: PCG64
 torch: Generator Tensor device layout memory_format
+torch: per_channel_affine per_channel_affine_float_qparams per_channel_symmetric per_tensor_affine per_tensor_symmetric
 torch.nn.parameter: Buffer Parameter
 torch.nn: Parameter
 torch.serialization: _get_layout

@@ -17,13 +17,13 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.pytorch.pickle_opcodes import OBJECT, OPCODES, SMALL, Inert
+from sd_mecha.storage.pytorch.pickle_opcodes import ENTRY, OBJECT, OPCODES, SMALL, Inert
 from sd_mecha.storage.strict_json import brief
 
 MAX_PICKLE = 48 * 2**20
 """The longest pickle that is read, in bytes; one of 100,000 tensors has 12 to 20 million."""
 
-BUDGET = 320 * 2**20  # bytes of objects; 100,000 tensors take about 70 million
+BUDGET = 320 * 2**20  # bytes of objects; 100,000 tensors take about 190 million, with what is made of them
 _TABLE, _ITEM = 192, 96  # what the first item of a dict takes, and each further one with room for growth
 _MAX_NAME = 1024
 _MAX_TUPLE_KEYS = 4096
@@ -122,6 +122,11 @@ class PickleMachine:
         if self.budget < 0:
             self.fail(f"it would make objects of more than {BUDGET} bytes")
 
+    def push(self, value: Any) -> None:
+        """Put something on the stack that costs little or nothing but its place there."""
+        self.charge(ENTRY)
+        self.stack.append(value)
+
     def fail(self, problem: str) -> NoReturn:
         """Refuse the pickle."""
         raise FileFormatError(
@@ -194,6 +199,7 @@ class PickleMachine:
         if index < len(self.memo):
             self.memo[index] = self.stack[-1]
         elif index == len(self.memo):
+            self.charge(ENTRY)
             self.memo.append(self.stack[-1])
         else:
             self.fail(f"it skips from memo entry {len(self.memo)} to {index}")
@@ -201,7 +207,7 @@ class PickleMachine:
     def recall(self, index: int) -> None:
         if index >= len(self.memo):
             self.fail(f"it wants memo entry {index} of {len(self.memo)}")
-        self.stack.append(self.memo[index])
+        self.push(self.memo[index])
 
     def look_up(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 MAX_INT_BYTES = 64
 MAX_NESTING = 10_000
-SMALL, OBJECT = 64, 160  # what tuples, numbers and texts, and larger objects, take from the budget of memory
+ENTRY = 16  # what a place on the stack, or in the memo, and later one in a list takes from the budget of memory ...
+SMALL, OBJECT = 64, 160  # ... and what tuples and numbers, and larger objects, take
 
 
 class Inert:
@@ -50,16 +52,16 @@ def _opcode(*codes: int) -> Callable[[Callable[[PickleMachine], None]], Callable
 
 
 def _constant(code: int, value: Any) -> None:
-    OPCODES[code] = lambda machine: machine.stack.append(value)
+    OPCODES[code] = lambda machine: machine.push(value)
 
 
 def _sized(code: int, length: struct.Struct, decode: Callable[[bytes], Any]) -> None:
     """An opcode of a length and as many bytes; a length beyond the data is found before memory is taken."""
 
     def push(machine: PickleMachine) -> None:
-        raw = machine.take(machine.number(length))
-        machine.charge(SMALL)
-        machine.stack.append(decode(raw))
+        value = decode(machine.take(machine.number(length)))
+        machine.charge(sys.getsizeof(value))
+        machine.push(value)
 
     OPCODES[code] = push
 
@@ -100,7 +102,7 @@ _sized(ord("U"), _U1, _old_text)
 _numeric(ord("J"), _I4)
 _numeric(ord("M"), _U2)
 _numeric(ord("G"), _FLOAT)
-OPCODES[ord("K")] = lambda machine: machine.stack.append(machine.byte())
+OPCODES[ord("K")] = lambda machine: machine.push(machine.byte())
 OPCODES[ord("q")] = lambda machine: machine.remember(machine.byte())
 OPCODES[ord("h")] = lambda machine: machine.recall(machine.byte())
 OPCODES[ord("r")] = lambda machine: machine.remember(machine.number(_U4))
@@ -118,7 +120,7 @@ def _long(machine: PickleMachine) -> None:
 
 @_opcode(0x94)
 def _memoize(machine: PickleMachine) -> None:
-    machine.memo.append(machine.stack[-1])
+    machine.remember(len(machine.memo))
 
 
 @_opcode(0x95)
@@ -172,7 +174,7 @@ def _list(machine: PickleMachine) -> None:
 @_opcode(ord("}"))
 def _dict(machine: PickleMachine) -> None:
     machine.charge(SMALL)
-    machine.stack.append({})
+    machine.push({})
 
 
 @_opcode(0x8F)

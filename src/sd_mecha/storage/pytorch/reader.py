@@ -26,6 +26,7 @@ _LEGACY_MAGIC = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _LEGACY_VERSION = 1001
 _PICKLE = re.compile(r"([^/]+)/data\.pkl")
 _WINDOW = 2**20
+_MEMBER, _PLACED = 256, 320  # what a member of an archive, and a tensor of the model, take from the budget of a pickle
 
 
 class TorchContent:
@@ -37,13 +38,15 @@ class TorchContent:
         swapped: whether the bytes of numbers lie the other way round.
     """
 
-    def __init__(self, value: Any, find: Callable[[Storage], Place], swapped: bool) -> None:
+    def __init__(self, value: Any, find: Callable[[Storage], Place], swapped: bool, machine: PickleMachine) -> None:
         self.value = value
         self.find = find
         self.swapped = swapped
+        self._machine = machine
 
     def place(self, key: str, found: object, file: ByteSource) -> PlacedTensor:
         """A tensor of it, checked."""
+        self._machine.charge(_PLACED)  # keys may share a tensor
         return place_tensor(key, found, self.find, file.name, file_size=file.size, swapped=self.swapped)
 
 
@@ -130,6 +133,7 @@ def open_archive(file: ByteSource, largest: int | None = None) -> TorchContent:
         _fail(file, f"its byte order is {brief(order)}; expected 'little' or 'big'")
     raw = archive.read(members[pickles[0][0]], MAX_PICKLE if largest is None else largest)
     machine = PickleMachine(raw, TorchNames(), file.name)
+    machine.charge(_MEMBER * len(members))
     value = machine.run()
     if machine.at != len(raw):
         _fail(file, f"{len(raw) - machine.at} bytes follow the pickle in {pickles[0][0]!r}; expected none")
@@ -145,7 +149,7 @@ def open_archive(file: ByteSource, largest: int | None = None) -> TorchContent:
             place = places[storage.key] = Place(_located(archive, member), member.header)
         return place
 
-    return TorchContent(value, find, order.strip() == b"big")
+    return TorchContent(value, find, order.strip() == b"big", machine)
 
 
 def _located(archive: ZipDirectory, member: Member) -> Callable[[], int]:
@@ -154,7 +158,8 @@ def _located(archive: ZipDirectory, member: Member) -> Callable[[], int]:
 
 def _open_legacy(file: ByteSource) -> TorchContent:
     names = TorchNames()
-    (_, version, system, value, keys), at = _read_pickles(file, names)
+    (_, version, system, value, keys), machine = _read_pickles(file, names)
+    at = machine.at
     if version != _LEGACY_VERSION:
         _fail(file, f"its version is {brief(version)}; expected {_LEGACY_VERSION}")
     if type(system) is not dict or type(keys) is not list:
@@ -175,11 +180,14 @@ def _open_legacy(file: ByteSource) -> TorchContent:
             raise ValueError(f"its storage {brief(storage.key)} of {storage.nbytes} bytes is not in the file")
         return places[storage.key]
 
-    return TorchContent(value, find, False)  # these were written little-endian on every machine
+    return TorchContent(value, find, False, machine)  # these were written little-endian on every machine
 
 
-def _read_pickles(file: ByteSource, names: TorchNames) -> tuple[list[Any], int]:
-    """The five pickles at the beginning, whose length nothing says: more is read until they are complete."""
+def _read_pickles(file: ByteSource, names: TorchNames) -> tuple[list[Any], PickleMachine]:
+    """The five pickles at the beginning, whose length nothing says: more is read until they are complete.
+
+    The machine is that of the last one.
+    """
     length = min(file.size, _WINDOW)
     while True:
         data = file.read(0, length)
@@ -197,7 +205,7 @@ def _read_pickles(file: ByteSource, names: TorchNames) -> tuple[list[Any], int]:
                 raise
             length = min(length * 4, file.size, MAX_PICKLE)
         else:
-            return values, at
+            return values, machine
 
 
 def _sized(file: ByteSource, storage: Storage, at: int) -> Callable[[], int]:

@@ -14,6 +14,7 @@ _MAX_BYTES = 2**63 - 1
 _NEAR = 16 * 2**10  # bytes that are read in one piece, whatever part of them is wanted
 _DENSE = 8  # a piece is worth reading if one element in so many is wanted ...
 _LARGEST = 4 * 2**20  # ... and it has no more bytes than this
+_MAX_OVERLAPPING = 2**20  # elements of which each may need a read of its own, however few bytes the file has
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers that elements of a size are copied as: torch moves some dtypes as bits only."""
@@ -42,6 +43,17 @@ class Strided(NamedTuple):
                 return 0 in self.shape
             expected *= size
         return True
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether elements may share their place other than by being the same one along a whole dimension."""
+        reach = 1
+        steps = zip(self.strides, self.shape, strict=True)
+        for stride, size in sorted((stride, size) for stride, size in steps if stride and size > 1):
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+        return False
 
     def part(self, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Strided:
         """A box within it."""
@@ -75,6 +87,11 @@ def check_strided(offset: object, shape: object, strides: object, itemsize: int)
     view = Strided(offset, shape, strides)
     if (offset + view.reach) * itemsize > _MAX_BYTES:
         raise ValueError(f"its offset and strides reach beyond {_MAX_BYTES} bytes")
+    if view.reach * itemsize > _NEAR and math.prod(shape) > _MAX_OVERLAPPING and view.overlaps:
+        raise ValueError(
+            f"its {math.prod(shape)} elements overlap in {view.reach} places, so that reading them would take very "
+            "long; save the tensor's .contiguous()"
+        )
     return view
 
 
