@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from sd_mecha.recipes.tokens import SUFFIX, quote
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.resuming import fingerprint
 from sd_mecha.storage.contract import Writer
+from sd_mecha.storage.disk import reporting
 from sd_mecha.storage.dtypes import dtype_name, is_integral
 from sd_mecha.storage.locations import Location
 from sd_mecha.storage.memory import MemoryWriter
@@ -99,8 +101,8 @@ def _writer(output: Any, planned: Plan, target: int, options: MergeOptions) -> W
     if not isinstance(output, str | os.PathLike):
         expected = "a path, a mutable mapping, a torch module or None"
         raise OptionError(f"output must be {expected}, got a {type(output).__name__}")
-    _check_place(os.fspath(output))
     path = Path(model_dirs.resolve_output(output))
+    _check_place(os.fspath(output), path)
     size = options.shard_size
     request = OutputRequest(
         shard_size=None if size is None else int(size),
@@ -108,6 +110,7 @@ def _writer(output: Any, planned: Plan, target: int, options: MergeOptions) -> W
         resume=fingerprint(planned, target, options) if options.resume else None,
         checksums=options.checksums or None,
         inputs=tuple(_locations(planned, target)),
+        scaled=options.scaled_fp8,
     )
     return _format(os.fspath(output), path, options, request).writer_for(path, request)
 
@@ -121,8 +124,8 @@ def _locations(planned: Plan, target: int) -> Iterator[Location]:
             yield models.locations[index]
 
 
-def _check_place(named: str) -> None:
-    """Refuse names that are surely a mistake."""
+def _check_place(named: str, path: Path) -> None:
+    """Refuse names that are surely a mistake, and places that the system tells nothing about."""
     if _ADDRESS.match(named):
         address = shown_path(named if "://" in named else named.replace(":/", "://", 1))
         raise OutputError(f"output {address!r} is an address, and outputs are local: write a file, and copy it there")
@@ -131,6 +134,9 @@ def _check_place(named: str) -> None:
             f"output {named!r} has the name of a recipe, and would take its place; name the model another way, such as "
             f"{named[: -len(SUFFIX)]}.safetensors"
         )
+    absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+    with reporting(str(path), "cannot be created"), absent, os.scandir(path):  # a folder will be looked through
+        os.stat(os.path.join(path, os.curdir))
 
 
 def _format(named: str, path: Path, options: MergeOptions, request: OutputRequest) -> ModelFormat:

@@ -157,7 +157,11 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], says: str) -> Non
         (["x.qweight", "x.qzeros", "x.scales", "x.g_idx"], "GPTQ,"),
         (["x.qweight", "x.qzeros", "x.scales"], "AWQ"),
         (["x.weight_packed", "x.weight_scale", "x.weight_shape"], "compressed-tensors"),
+        (["x.weight", "x.weight_scale"], "compressed-tensors"),
+        (["x.weight", "x.weight_scales"], "EETQ"),
         (["x.weight._data", "x.weight._scale"], "quanto"),
+        (["x.float8_data", "x.scale", "x.scale_reciprocal"], "flux-fp8-api"),
+        (["x._weight_qdata", "x._weight_scale"], "torchao"),
         (["experts.gate_up_proj_blocks", "experts.gate_up_proj_scales"], "MXFP4"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 
 from sd_mecha.errors import OptionError
 from sd_mecha.storage.dtypes import (
+    FLOAT4,
     FROM_SAFETENSORS,
     IS_STORAGE_ONLY,
     TO_SAFETENSORS,
@@ -31,7 +32,7 @@ def test_every_dtype_of_the_reference_implementation_is_known():
     assert set(safetensors.torch._SIZE) <= set(TO_SAFETENSORS)
 
 
-@pytest.mark.parametrize("dtype", TO_SAFETENSORS, ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in TO_SAFETENSORS if dtype is not FLOAT4], ids=str)
 def test_names_round_trip(dtype):
     assert parse_dtype(dtype_name(dtype)) is dtype
     assert parse_dtype(str(dtype)) is dtype

@@ -21,6 +21,7 @@ from sd_mecha.planning.results import Parameter, infer
 from sd_mecha.planning.shapes import Result, Spec, computes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.storage.contract import TensorEntry
+from sd_mecha.storage.dtypes import FLOAT4, dtype_name
 
 Instance = Source
 _NUMBERS = (int, float, bool)
@@ -256,6 +257,8 @@ class Builder:
 
     def _load(self, reader: int, name: Name, stored: TensorEntry, dtype: torch.dtype, origin: int, guard: bool) -> int:
         token = (reader, name, dtype, guard)
+        if stored.dtype is FLOAT4:  # of a literal
+            raise RecipeTypeError(f"key {name or self.shared_key!r}: it is {dtype_name(FLOAT4)}; give it as floats")
         if token not in self._known:
             slot = self._slot(TensorEntry(stored.shape, dtype))
             self._add(Load(slot, reader, name, stored, dtype, origin, guard))
@@ -277,10 +280,8 @@ class Builder:
                 args.append(arg)
             except RecipeTypeError as error:
                 raise RecipeTypeError(f"key {key!r}: {method.identifier}: {name}: {error}") from error
-        positional, named = (
-            tuple(args[: len(node.args)]),
-            tuple(zip(node.kwargs, args[len(node.args) :], strict=True)),
-        )
+        positional = tuple(args[: len(node.args)])
+        named = tuple(zip(node.kwargs, args[len(node.args) :], strict=True))
         token = (node, positional, named, key) if len(self.bench.targets) > 1 else None
         if token is not None and token in self._known:
             self._slots.update(zip(((node, out) for out in outputs), self._known[token], strict=True))

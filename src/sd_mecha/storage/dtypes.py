@@ -103,15 +103,18 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     safetensors names (`F16`), in any case.
 
     Raises:
-        OptionError: nothing is known under that name, or the value is not a name at all.
+        OptionError: nothing is known under that name, or the value is not a name at all; or torch converts nothing to
+            that dtype.
     """
+    if value is FLOAT4 and value is not None:
+        raise OptionError(f"torch converts nothing to {dtype_name(value)} (F4); choose a dtype of eight bits or more")
     if value is None or isinstance(value, torch.dtype):
         return value
     if not isinstance(value, str):
         raise OptionError(f"a dtype must be a torch.dtype, its name or None, got {type(value).__name__} {value!r}")
     name = value.strip().lower().removeprefix("torch.")
     if name in _BY_NAME:
-        return _BY_NAME[name]
+        return parse_dtype(_BY_NAME[name])
     near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}?" if near else "expected a name such as 'float16', 'bfloat16' or 'float32'"
     raise OptionError(f"unknown dtype {value!r}; {hint}")

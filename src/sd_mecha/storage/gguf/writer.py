@@ -108,6 +108,8 @@ class GgufWriter(PlacedWriter):
         kind = kind_for(entry.shape, entry.dtype, quantised=self._quantised)
         if kind is None:
             step = "choose float32, float16 or bfloat16 for the output"
+            if not entry.dtype.is_floating_point:  # it keeps its dtype, whatever is chosen
+                step = "they hold floats and int8 to int64; leave it out of the inputs, or store it there as such"
             self._refuse(f"tensor {name!r} is {dtype_name(entry.dtype)}, which GGUF files do not hold; {step}")
         return kind
 

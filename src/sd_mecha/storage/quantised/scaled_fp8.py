@@ -4,8 +4,14 @@
     X.scale_weight   float32: one scale, one for each row, or one for each square block of the matrix
     scaled_fp8       a marker that says what the file does
 
-Other tools call the scale `weight_scale` or `weight_scale_inv`; all of them multiply. Scales of activations
-(`scale_input`, `input_scale`) mean nothing without the fp8 values and go with them.
+Other tools call the scale `weight_scale`, `weight_scale_inv`, `qscale_weight` or `scale`; all of them multiply. Scales
+of activations (`scale_input`, `input_scale` and so on) mean nothing without the fp8 values and go with them.
+
+Experts that transformers keeps in one tensor:
+
+    Y                float8, of shape (experts, rows, columns)
+    Y_scale_inv      one scale for each expert, or for each block of an expert's matrix (its fine-grained fp8)
+    Y_scale          one for each column of an expert, in shape (experts, 1, columns) or (experts, columns, 1) (FBGEMM)
 """
 
 from __future__ import annotations
@@ -20,12 +26,13 @@ from torch import Tensor
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.buffers import byte_view, fill
 from sd_mecha.storage.contract import Reader, TensorEntry, Writer, check_range, flat_bytes, settle
-from sd_mecha.storage.dtypes import IS_STORAGE_ONLY
+from sd_mecha.storage.dtypes import FLOAT4, IS_STORAGE_ONLY, dtype_name
 from sd_mecha.storage.views import ReaderView
 
 MARKER = "scaled_fp8"
-_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
-_GOING_WITH = ("scale_input", "input_scale", "comfy_quant")
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "qscale_weight", "scale")
+_SCALES_OF_EXPERTS = ("scale_inv", "scale")
+_GOING_WITH = ("scale_input", "input_scale", "activation_scale", "qscale_act", "comfy_quant")
 _IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.(?:.*\.)?weight$")
 _FP8 = torch.float8_e4m3fn
 _POWERS: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # powers of two, made for scales
@@ -43,7 +50,7 @@ class ScaledReader(ReaderView):
         super().__init__(reader)
         self._scale_names = dict(scales)
         self._scales: dict[str, Tensor] = {}
-        modules = tuple(name.removesuffix("weight") for name in scales)
+        modules = tuple(_module(name) for name in scales)
         gone = set(scales.values()) | {module + part for module in modules for part in _GOING_WITH}
         self.entries: Mapping[str, TensorEntry] = {
             name: TensorEntry(entry.shape, torch.float32) if name in scales else entry
@@ -71,12 +78,12 @@ class ScaledReader(ReaderView):
         scale = self._scale(name)
         if scale.numel() == 1:
             return scale.reshape(())
-        shape = self.entries[name].shape
-        columns = shape[1]
         element = torch.arange(first, last)
-        row, column = element // columns, element % columns
-        blocks = [_block(size, count) for size, count in zip(shape, scale.shape, strict=True)]
-        return scale[row // blocks[0], column // blocks[1]]
+        index: list[Tensor] = []
+        for size, count in zip(reversed(self.entries[name].shape), reversed(scale.shape), strict=True):
+            index.insert(0, element % size // _block(size, count))
+            element = element // size
+        return scale[tuple(index)]
 
     def _scale(self, name: str) -> Tensor:
         if name not in self._scales:
@@ -85,6 +92,8 @@ class ScaledReader(ReaderView):
             raw = torch.empty(entry.shape, dtype=entry.dtype)
             self._reader.read_into(stored, 0, byte_view(raw))
             scale = raw.to(torch.float32)
+            if scale.dim() == 3 and stored == f"{name}_scale":
+                scale = scale.reshape(len(scale), 1, -1)
             self._scales[name] = scale.reshape(-1, 1) if scale.dim() == 1 and scale.numel() > 1 else scale
         return self._scales[name]
 
@@ -92,19 +101,42 @@ class ScaledReader(ReaderView):
 def find_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, str]:
     """The fp8 matrices of a model that have a scale: key of the matrix -> key of its scale.
 
+    What is called just `scale` may be a parameter of its own: it is none of a matrix if it is fp8 like that.
+
     Raises:
         FileFormatError: a scale does not fit its matrix.
     """
     found = {}
     for key, entry in entries.items():
-        if entry.dtype not in IS_STORAGE_ONLY or entry.dtype.itemsize != 1 or not key.endswith("weight"):
+        if not is_fp8(entry.dtype):
             continue
-        module = key.removesuffix("weight")
-        scale = next((module + part for part in _SCALES if module + part in entries), None)
-        if scale is not None:
+        is_weight, module = key.endswith("weight"), _module(key)
+        parts = _SCALES if is_weight else _SCALES_OF_EXPERTS
+        scale = next((module + part for part in parts if module + part in entries), None)
+        if scale is None:
+            continue
+        if scale == f"{module}scale" and (is_fp8(entries[scale].dtype) or len(entry.shape) < 2):
+            continue
+        if is_weight:
             _check(name, key, entry.shape, scale, entries[scale])
-            found[key] = scale
+        elif not _fits_experts(entry.shape, entries[scale], by_column=scale.endswith("_scale")):
+            continue
+        found[key] = scale
     return found
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether it is one of the fp8 dtypes that matrices are kept in."""
+    return dtype in IS_STORAGE_ONLY and dtype.itemsize == 1 and dtype not in (_POWERS, FLOAT4)
+
+
+def _is_scale(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and not is_fp8(dtype)
+
+
+def _module(key: str) -> str:
+    """What the names of a matrix and of all that goes with it begin with."""
+    return key.removesuffix("weight") if key.endswith("weight") else f"{key}_"
 
 
 def _block(size: int, count: int) -> int:
@@ -130,11 +162,22 @@ def _check(name: str, key: str, shape: tuple[int, ...], scale: str, entry: Tenso
     rows_only = entry.shape == shape[:1] or entry.shape == (*shape[:1], 1)
     blocks = len(shape) == 2 and len(entry.shape) == 2 and all(map(_divides, shape, entry.shape))
     plain = entry.numel == 1 or (len(shape) == 2 and (rows_only or blocks))
-    if not plain or not entry.dtype.is_floating_point or (entry.dtype in IS_STORAGE_ONLY and entry.dtype != _POWERS):
+    if not plain or not _is_scale(entry.dtype):
         raise FileFormatError(
-            f"{name}: scale {scale!r} of shape {entry.shape} does not fit the fp8 matrix {key!r} of shape {shape}; "
-            "expected one number, one for each row, or one for each block"
+            f"{name}: scale {scale!r} of shape {entry.shape} ({dtype_name(entry.dtype)}) does not fit the fp8 matrix "
+            f"{key!r} of shape {shape}; expected one float, one for each row, or one for each block"
         )
+
+
+def _fits_experts(shape: tuple[int, ...], scale: TensorEntry, *, by_column: bool) -> bool:
+    """Whether scales can be meant in one way only; blocks that do not fill a matrix can be in two."""
+    if not len(shape) == len(scale.shape) == 3 or shape[0] != scale.shape[0] or not _is_scale(scale.dtype):
+        return False
+    (rows, columns), counts = shape[1:], scale.shape[1:]
+    if by_column:
+        return counts in ((1, 1), (1, columns)) or (counts == (columns, 1) and rows != columns)
+    sizes = zip(shape[1:], counts, strict=True)
+    return all(size == count or (0 < count <= size and _block(size, count) * count == size) for size, count in sizes)
 
 
 class ScaledWriter:
