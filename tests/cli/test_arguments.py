@@ -125,6 +125,16 @@ def test_several_recipes_are_one_pass(engine: Engine, tmp_path: Path) -> None:
     assert engine.outputs == {folder / "r.safetensors": "recipe r", folder / "s.safetensors": "recipe s"}
 
 
+def test_folders_that_a_failed_merge_made_go_again(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for failure in (PlanError("no"), KeyboardInterrupt()):
+        engine.failure = failure
+        for output in ("new/sub/x.safetensors", "there/new/x.safetensors", "there/x.safetensors"):
+            assert call("merge", "r.mecha", "-o", output).exit_code == 1
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("command", [["merge", "r.mecha"], ["extract", "tuned", "base"]])
 def test_outputs_are_local(engine: Engine, command: list[str]) -> None:
     result = call(*command, "-o", "s3://bucket/out.safetensors")

@@ -165,3 +165,44 @@ def test_moving_is_undone_at_most_for_the_last_few(tmp_path: Path, monkeypatch: 
         sd_mecha.merge(recipe, output=merge.output, **options)
         assert len(merge.made) == (1 if failed < moves else 0)
         assert merge.output.read_bytes() == whole
+
+
+def interrupted(recipe: Any, **options: Any) -> None:
+    class Stop:
+        """A progress bar that stops the merge at its third step."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            self.steps = 0
+
+        def __enter__(self) -> Stop:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+
+        def update(self, *args: Any) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sd_mecha.merge(recipe, resume=True, threads=0, tqdm=Stop, **options)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(800, {"shard_size": 800, "output_dtype": None}), (800, {"shard_size": 1600}), (None, {"shard_size": 800}),
+     (800, {"output_format": "safetensors"})],
+    ids=["dtype", "larger files", "a folder for a file", "a file for a folder"],
+)  # fmt: skip
+def test_what_was_kept_and_is_of_no_use_is_said_to_go(
+    tmp_path: Path, first: int | None, then: dict[str, Any], caplog: Any
+) -> None:
+    path = write_model(tmp_path / "model.safetensors", **{f"k{i}": torch.full((100,), float(i)) for i in range(COUNT)})
+    recipe, output = sd_mecha.model(path), tmp_path / "out"
+    size: dict[str, Any] = {"output_format": "safetensors"} if first is None else {"shard_size": first}
+    interrupted(recipe, output=output, output_dtype=torch.float16, **size)
+    caplog.clear()
+    sd_mecha.merge(recipe, output=output, resume=True, threads=0, tqdm=None, **{"output_dtype": torch.float16, **then})
+    said = [record.getMessage() for record in caplog.records if "starting afresh" in record.getMessage()]
+    assert said == [f"output {str(output)!r}: starting afresh: the recipe, an input or an option changed"]
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "out"]

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sd_mecha.errors import OutputError
 from sd_mecha.storage.capabilities import capabilities
+from sd_mecha.storage.contract import TensorEntry
 from sd_mecha.storage.folders import output_folder
 from sd_mecha.storage.folders.output_folder import OutputFolder
+from sd_mecha.storage.folders.sharded_writer import ShardedWriter
 from sd_mecha.storage.folders.trees import carry
-from tests.storage.folder_support import contents, nothing, weights
+from tests.storage.folder_support import contents, modes, nothing, unprivileged, weights
 
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
@@ -197,3 +200,103 @@ def test_files_are_copied_where_they_cannot_have_two_names(old: Path, monkeypatc
     output.publish(weights)
     assert contents(old)["sub/deep.txt"] == b"deep"
     assert "model.safetensors" not in contents(old)
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+
+
+def replace(path: Path) -> None:
+    output = OutputFolder(path)
+    output.create()
+    output.put("sub/config.json", b"new")
+    output.publish(nothing)
+
+
+@posix
+@pytest.mark.usefixtures("ways")
+def test_an_old_folder_that_forbids_to_write_goes_and_its_successor_forbids_it_too() -> None:
+    with unprivileged() as folder:
+        for name in ("model", ".model.part"):  # as an earlier release has left it
+            (folder / name / "sub").mkdir(parents=True)
+            for file in ("config.json", "sub/config.json"):
+                (folder / name / file).write_bytes(b"old")
+            for path in (folder / name / "sub", folder / name):
+                path.chmod(0o555)
+        inode = (folder / "model").stat().st_ino
+        (folder / ".model.part.lock").write_bytes(b"swap    %20d" % inode)
+        for _ in range(2):
+            replace(folder / "model")
+            assert os.listdir(folder) == ["model"]
+            found = modes(folder / "model")
+            assert found == {".": 0o555, "config.json": 0o644, "sub": 0o755, "sub/config.json": 0o644}
+        (folder / "model").chmod(0o755)
+
+
+@posix
+@pytest.mark.usefixtures("ways")
+@pytest.mark.parametrize("number", [0, 3])
+def test_what_is_private_is_so_all_the_time(old: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = {"config.json": 0o600, "model.safetensors": 0o440, "sub": 0o711, "sub/deep.txt": 0o400}
+    for name, mode in private.items():
+        (old / name).chmod(mode)
+    old.chmod(0o550)
+    tensors = {f"k{i}": TensorEntry((8,), torch.uint8) for i in range(max(number, 1))}
+    part = old.parent / ".model.part"
+
+    def write(*, killed: bool) -> None:
+        writer = ShardedWriter(old, shard_size=8, resume="r", side_files=lambda entries: [
+            ("config.json", b"new"), ("sub/deep.txt", b"new"), ("sub/more.txt", b"new"),
+        ])  # fmt: skip
+        writer.declare(tensors, {})
+        found = modes(part)
+        assert found["."] == 0o750
+        assert {name: mode for name, mode in found.items() if name in private and name != "sub"} == {
+            "config.json": 0o600, "sub/deep.txt": 0o600, **({} if number else {"model.safetensors": 0o640}),
+        }  # fmt: skip
+        for name in tensors.keys() - writer.completed:
+            writer.write(name, 0, memoryview(b"12345678"))
+            writer.finished(name)
+        with monkeypatch.context() as patch, pytest.raises(OutputError) if killed else contextlib.nullcontext():
+            if killed:
+                patch.setattr(output_folder, "sync_tree", refuse)
+            writer.commit()
+
+    def refuse(path: str) -> None:
+        if path == str(part) and not (part / "notes.txt").exists():
+            return  # while it is made
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write(killed=True)
+    write(killed=False)
+    found = modes(old)
+    assert found["."] == 0o550
+    assert {name: mode for name, mode in found.items() if name in private} == {
+        name: mode for name, mode in private.items() if not number or name != "model.safetensors"
+    }
+    assert found["sub/more.txt"] == found["notes.txt"] == 0o644
+    assert os.listdir(old.parent) == ["model"]
+
+
+@posix
+def test_a_folder_does_not_get_the_permissions_of_a_file(old: Path) -> None:
+    (old / "a").write_bytes(b"old")
+    output = OutputFolder(old)
+    output.create()
+    output.put("a/x", b"new")
+    output.publish(nothing)
+    assert modes(old)["a"] & 0o700 == 0o700
+
+
+@posix
+def test_a_merge_goes_on_with_files_that_forbid_to_write() -> None:
+    with unprivileged() as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_bytes(b"old")
+        (folder / ".model.part").mkdir()
+        (folder / ".model.part" / "kept").write_bytes(b"1")
+        (folder / ".model.part" / "kept").chmod(0o444)
+        (folder / ".model.part.lock").write_bytes(b"part    ")
+        output = OutputFolder(folder / "model")
+        output.create(keep=["kept"])
+        assert modes(folder / ".model.part") == {".": 0o755, "kept": 0o644}
+        output.discard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from sd_mecha.storage.folders import output_folder, sharded_writer
 from sd_mecha.storage.folders.sharded import open_sharded
 from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter
 from sd_mecha.storage.locations import LocalLocation
+from sd_mecha.storage.output_file import OutputFile
 from tests.storage.support import entries_of
 
 TENSORS = {
@@ -191,6 +193,15 @@ def test_space_for_all_files_is_reserved_first(tmp_path: Path, monkeypatch: pyte
     huge = {name: torch.empty(1 << 50, dtype=torch.uint8, device="meta") for name in "ab"}
     with pytest.raises(OutputError, match="has no room"):
         declared(tmp_path / "out", huge, shard_size=1 << 50)
+    assert os.listdir(tmp_path) == []
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "_reserve", full)
+        with pytest.raises(OutputError, match=r"output '.*/out' has no room for 136 bytes: No space left.*; free some"):
+            declared(tmp_path / "out", shard_size=40)
     assert os.listdir(tmp_path) == []
     monkeypatch.setattr(sharded_writer, "descriptor_limit", lambda: 2)
     with pytest.raises(OutputError, match="would be 3, and at most 2 can be written at once; choose a larger"):

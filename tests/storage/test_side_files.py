@@ -50,6 +50,50 @@ def test_folders_that_lead_to_themselves_end(tmp_path: Path) -> None:
     assert "config.json" in names(tmp_path)
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = caplog.records
+    return record.getMessage()
+
+
+def test_links_that_lead_out_or_to_folders_stay_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "secret/id", "models/config.json", "models/sub/code.py")
+    model = tmp_path / "models"
+    links = {"notes.txt": "../secret/id", "docs": "../secret", "sub/up": "..", "own.py": "sub/code.py"}
+    for name, goal in links.items():
+        (model / name).symlink_to(goal)
+    assert names(model) == {"config.json", "sub/code.py", "own.py"}
+    assert f"{model}: links to folders, or out of the folder of the model" in warned(caplog)
+    assert "do not go along: such as 'docs', 'notes.txt', 'sub/up'" in warned(caplog)
+
+
+def test_a_component_may_share_files_with_the_others_and_is_no_link_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "pipe/model_index.json", "pipe/vae/config.json", "pipe/unet/x.txt", "secret/id")
+    (tmp_path / "pipe" / "unet" / "config.json").symlink_to("../vae/config.json")
+    (tmp_path / "pipe" / "docs").symlink_to("../secret")
+    assert names(tmp_path / "pipe" / "unet") == {"config.json", "x.txt"}
+    assert not caplog.records
+    assert names(tmp_path / "pipe" / "docs") == set()
+    assert "such as 'id'" in warned(caplog)
+
+
+@pytest.mark.parametrize("sub", ["", "unet/"])
+def test_links_of_a_cache_of_the_hub_lead_to_its_files(
+    tmp_path: Path, sub: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "models--a/blobs/1", "models--b/blobs/2", "models--a/refs/main", f"models--a/snapshots/rev/{sub}x")
+    folder = tmp_path / "models--a" / "snapshots" / "rev"
+    links = {"config.json": "models--a/blobs/1", "b": "models--b/blobs/2", "r": "models--a/refs/main"}
+    for name, goal in links.items():
+        (folder / sub / name).symlink_to(tmp_path / goal)
+    (tmp_path / "link").symlink_to(folder / sub)
+    for model in (folder / sub, tmp_path / "link"):
+        caplog.clear()
+        assert names(model) == {"x", "config.json"}
+        assert "such as 'b', 'r'" in warned(caplog)
+
+
 def test_where_nothing_can_be_listed_the_usual_names_are_tried(tmp_path: Path) -> None:
     put(tmp_path, "config.json", "tokenizer.json", "model_index.json", "unusual.txt")
     found = dict(side_files(Unlisted(tmp_path)))
@@ -91,6 +135,17 @@ def test_a_shared_head_is_told(head: bool, before: bool, expected: bool | None) 
 @pytest.mark.parametrize("raw", [b"", b"[1]", b"{nonsense", b"\xff", b"[" * 10_000])
 def test_what_is_no_config_stays_as_it_is(raw: bytes) -> None:
     assert fitted_config(raw, {"w": HALF}, (), "config.json") == raw
+
+
+def test_what_is_too_large_for_a_config_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = b'{"dtype": "float32", "a": [' + b"[]," * 2_000_000 + b"0]}"
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    assert fitted_config(raw, {"w": HALF}, (), "config.json") == raw
+
+
+def test_half_a_surrogate_pair_in_a_config_survives() -> None:
+    found = fitted_config(b'{"dtype": "float32", "a": "\\ud800\xc3\xa9"}', {"w": HALF}, (), "config.json")
+    assert found.decode() == '{\n  "dtype": "float16",\n  "a": "\\ud800é"\n}\n'
 
 
 def test_an_unchanged_config_keeps_its_text() -> None:

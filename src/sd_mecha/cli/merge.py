@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,12 @@ def merge(
             "checksums": checksums or None,
         }
         arguments |= {name: value for name, value in asked.items() if value is not None}
-        for folder in {path.parent for path in outputs}:
-            folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        if len(nodes) == 1:
-            sd_mecha.merge(nodes[0], output=outputs[0], **arguments)
-        else:
-            sd_mecha.merge_many(dict(zip(outputs, nodes, strict=True)), **arguments)
+        with folders_of(outputs):
+            if len(nodes) == 1:
+                sd_mecha.merge(nodes[0], output=outputs[0], **arguments)
+            else:
+                sd_mecha.merge_many(dict(zip(outputs, nodes, strict=True)), **arguments)
         click.echo(summary(outputs, time.monotonic() - started))
 
 
@@ -175,6 +175,21 @@ def check_places(recipes: Sequence[Path], outputs: Sequence[Path]) -> None:
         if blocking is not None and not blocking.is_dir():
             what = broken_link(blocking) or f"{str(blocking)!r} is a file"
             raise click.UsageError(f"{path} cannot be written: {what}, and no folder")
+
+
+@contextlib.contextmanager
+def folders_of(outputs: Sequence[Path]) -> Iterator[None]:
+    """Make the folders that outputs go into; after a failure, those that were made and are empty go again."""
+    missing = {folder for path in outputs for folder in path.parents if not folder.exists()}
+    try:
+        for path in outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in sorted(missing, reverse=True):  # what lies in another comes before it
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def is_folder(output: str) -> bool:

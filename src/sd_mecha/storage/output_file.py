@@ -104,7 +104,7 @@ class OutputFile:
         """
         self.locate()
         if os.path.isdir(self.temporary):  # of a merge into a folder of this name
-            OutputFolder(self.path).make_way()
+            OutputFolder(self.path).make_way(resume=keep is not None)
             self.locate()  # that may have put the old folder back
         kept = False
 
@@ -119,9 +119,10 @@ class OutputFile:
                     self._remove_journal()
                     self.sync_folder()
             with reporting(self.path, f"has no room for {size} bytes"):
-                with contextlib.suppress(FileNotFoundError, PermissionError):
-                    self._mode = stat.S_IMODE(os.stat(self._target).st_mode)
-                    os.chmod(self.temporary, self._mode | 0o600)  # a private file stays private
+                if self._journal is None:
+                    with contextlib.suppress(FileNotFoundError, PermissionError):
+                        self._mode = stat.S_IMODE(os.stat(self._target).st_mode)
+                        os.chmod(self.temporary, self._mode | 0o600)  # a private file stays private
                 self._reserve(size)
             return kept
         except BaseException:

@@ -21,7 +21,6 @@ import logging
 import os
 import posixpath
 import re
-import shutil
 import stat
 import sys
 from collections.abc import Callable, Collection
@@ -32,7 +31,7 @@ from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.disk import reporting, sync_folder
 from sd_mecha.storage.folders.sharded import is_known_weights
-from sd_mecha.storage.folders.trees import carry, remove_tree, sweep, sync_tree, walk
+from sd_mecha.storage.folders.trees import carry, keep_modes, like, remove_tree, sweep, sync_tree, walk
 
 _COPY_SIZE = 8 << 20
 _PART, _BOTH, _SWAP = b"part    ", b"part old", b"swap    "  # what a lock file says is a merge's
@@ -84,12 +83,15 @@ class OutputFolder:
                 self._make_room(bool(keep))
                 self._say(_PART)
                 part = self._temporary
-                os.makedirs(part, exist_ok=True)
+                os.makedirs(part, 0o700 if os.path.isdir(self._target) else 0o777, exist_ok=True)
+                like(self._target, part, 0o700)
                 for root in (self._journals, part) if keep else ():
                     kept = {os.path.join(root, *name.split("/")) for name in keep}
-                    sweep(root, kept)
+                    if sweep(root, kept) and root == self._journals:
+                        self._say_afresh()
                     for path in kept:
                         os.makedirs(os.path.dirname(path), exist_ok=True)
+                        like(path, path, 0o600)  # it may have those of the old file already
                     sync_tree(root)
                 sync_folder(os.path.dirname(part))
                 self.part = part
@@ -97,8 +99,11 @@ class OutputFolder:
             self.discard()
             raise
 
-    def make_way(self) -> None:
+    def make_way(self, resume: bool) -> None:
         """Remove what a merge has left that was killed, for one into a file of this name.
+
+        Args:
+            resume: whether that would have gone on with what is complete.
 
         Raises:
             OutputError: that merge is running, or a folder that no merge has made has the temporary name.
@@ -108,7 +113,10 @@ class OutputFolder:
             self._claim()
             try:
                 self._recover()
+                kept = os.path.isdir(self._journals)
                 self._make_room(resume=False)
+                if resume and kept:
+                    self._say_afresh()
             finally:
                 self.release()
 
@@ -118,6 +126,12 @@ class OutputFolder:
         with reporting(self.path, "cannot be created"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
+
+    def protect(self, name: str) -> None:
+        """Give a file, before anything is in it, the permissions of the one that it will replace."""
+        parts = name.split("/")
+        with reporting(self.path, "cannot be created"):
+            like(os.path.join(self._target, *parts), os.path.join(self.part, *parts), 0o600)
 
     def journal(self, name: str) -> str:
         """Where to keep the journal of that file; it is removed with the folder, or when that has its name."""
@@ -131,6 +145,7 @@ class OutputFolder:
         """
         path = self.place(name)
         with reporting(self.path, f"cannot hold {name!r}"), open(path, "wb") as file:
+            self.protect(name)
             if isinstance(content, bytes):
                 file.write(content)
             else:
@@ -152,6 +167,7 @@ class OutputFolder:
             exists = os.path.isdir(self._target)
             if exists:
                 carry(self._target, self.part, replaced)
+                keep_modes(self._target, self.part)
                 os.chmod(self.part, stat.S_IMODE(os.stat(self._target).st_mode))
             sync_tree(self.part)
             new = os.lstat(self.part)
@@ -251,6 +267,8 @@ class OutputFolder:
                 descriptor, _ = locks.claim(self._temporary)
                 with contextlib.suppress(OSError):
                     os.unlink(f"{self._temporary}.journal")
+                    if resume:
+                        self._say_afresh()
                 locks.remove(self._temporary, descriptor)
         for path in (self._journals, self._temporary):  # a journal must not outlive what it is about
             if not os.path.lexists(path):
@@ -261,9 +279,13 @@ class OutputFolder:
                     f"output {self.path!r}: its temporary name {path!r} leads to something that no merge is "
                     "known to have made; move that, or choose another name"
                 )
-            os.chmod(path, 0o700 | stat.S_IMODE(os.stat(path).st_mode))  # it may have those of the old folder already
-            if not resume:
-                shutil.rmtree(path)
+            if resume:
+                like(path, path, 0o700)  # it may have those of the old folder already
+            else:
+                remove_tree(path)
+
+    def _say_afresh(self) -> None:
+        _logger.warning("output %r: starting afresh: the recipe, an input or an option changed", self.path)
 
     def _say(self, made: bytes, inode: bytes = b"") -> None:
         """Put into the lock file which of the hidden folders are this merge's, before they are made."""

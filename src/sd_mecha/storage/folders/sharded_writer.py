@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from sd_mecha.errors import OutputError
 from sd_mecha.storage.contract import ByteSource, TensorEntry
+from sd_mecha.storage.disk import refusal
 from sd_mecha.storage.files import descriptor_limit
 from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.folders.sharded import is_known_weights
@@ -20,6 +22,7 @@ from sd_mecha.units import such_as
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one file, where the user says nothing."""
 _logger = logging.getLogger("sd_mecha")
+_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _MAX_TEXT = 2_000_000  # characters of metadata in an index, whose readers bound its size
 
 
@@ -124,7 +127,8 @@ class ShardedWriter:
                 resume = None if self._resume is None else f"{self._resume} {number} {shard.path}"
                 path, journal = self._folder.place(shard.path), self._folder.journal(shard.path)
                 shard.writer = SafetensorsWriter(path, resume=resume, journal=journal)
-                shard.writer.declare(shard.entries, self._metadata_of(number))
+                self._reserve(shard, self._metadata_of(number))
+                self._folder.protect(shard.path)
             for name, content in self._side_files(entries):
                 self._put(name, content)
         except BaseException:
@@ -240,6 +244,16 @@ class ShardedWriter:
                 f"output {self.name!r}: files of {self._shard_size} bytes would be {len(self._shards)}, and at most "
                 f"{descriptor_limit()} can be written at once; choose a larger shard_size"
             )
+
+    def _reserve(self, shard: _Shard, metadata: Mapping[str, str]) -> None:
+        try:
+            shard.open.declare(shard.entries, metadata)
+        except OutputError as error:
+            reason = error.__cause__
+            if not isinstance(reason, OSError) or reason.errno not in _NO_ROOM:
+                raise
+            size = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+            raise refusal(self.name, f"has no room for {size} bytes", reason) from reason
 
     def _check_parts(self) -> None:
         """Refuse to replace the weights of a part by none at all."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ import torch
 from sd_mecha.storage.contract import TensorEntry
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY, dtype_name, is_integral
 from sd_mecha.storage.locations import LocalLocation, Location
+from sd_mecha.units import such_as
 
 CONFIG = "config.json"
 MAX_SIDE_FILE = 64 << 20
 """Bytes; what is larger is no side file. The largest tokenizers have half of that."""
 
+_MAX_CONFIG = 4 << 20  # bytes; in memory they may be thirty times as many
+_PIPELINE = "model_index.json"
 _DEPTH = 3  # folders within folders
 _MOST = 1000
 _WEIGHTS = re.compile(
@@ -28,7 +33,7 @@ _WEIGHTS = re.compile(
 _PLAIN = re.compile(r"[^.\\:/][^\\:/]*")  # names that are names on every system, and not hidden
 _CACHES = frozenset({"__pycache__", "cache", "onnx", "openvino", "runs", "wandb", "logs"})
 _USUAL = (
-    CONFIG, "model_index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    CONFIG, _PIPELINE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
     "scheduler_config.json", "README.md", "LICENSE",
@@ -44,6 +49,8 @@ _logger = logging.getLogger("sd_mecha")
 def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Location]]:
     """Relative path and place of every file that is neither weights nor an index, hidden, in a cache, or huge.
 
+    Of links, only those to files in the folder of the model count, and those into where a hub's cache keeps its files.
+
     Args:
         folder: where they lie. Where it cannot be listed, the usual names are tried.
         deep: whether those in folders within it count.
@@ -52,13 +59,18 @@ def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Locat
     if not isinstance(folder, LocalLocation) and not folder.children():
         found = ((name, folder.child(name)) for name in _USUAL)
     count = 0
+    own = _own_folders(folder)
+    links: list[str] = []
     for name, place in found:
+        if isinstance(place, LocalLocation) and (place.is_folder() or not _within(place.path, own)):
+            links.append(name)
+            continue
         if not place.is_file():
             continue
         count += 1
         if count > _MOST:
             _logger.warning("%s: holds more than %d files; the others do not go along", folder.name, _MOST)
-            return
+            break
         source = place.open()
         size = source.size
         source.close()
@@ -66,6 +78,10 @@ def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Locat
             _logger.warning("%s: has %d bytes and does not go along with the output", place.name, size)
         else:
             yield name, place
+    if links:
+        _logger.warning(
+            "%s: links to folders, or out of the folder of the model, do not go along: %s", folder.name, such_as(links)
+        )
 
 
 def _listed(folder: Location, inside: str, depth: int) -> Iterator[tuple[str, Location]]:
@@ -73,10 +89,24 @@ def _listed(folder: Location, inside: str, depth: int) -> Iterator[tuple[str, Lo
         if not _PLAIN.fullmatch(name) or _WEIGHTS.fullmatch(name) or name.lower() in _CACHES:
             continue
         place = folder.child(name)
-        if not place.is_folder():
+        linked = isinstance(place, LocalLocation) and place.path.is_symlink()
+        if not place.is_folder() or (linked and depth):
             yield inside + name, place
         elif depth:
             yield from _listed(place, f"{inside}{name}/", depth - 1)
+
+
+def _own_folders(folder: Location) -> list[Path]:
+    if not isinstance(folder, LocalLocation):
+        return []
+    path = folder.path
+    own = Path(os.path.realpath(path.parent if (path.parent / _PIPELINE).is_file() else path))
+    return [own, *(at.parents[1] / "blobs" for at in (own, *own.parents) if at.parent.name == "snapshots")]
+
+
+def _within(path: Path, folders: Iterable[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(folder) for folder in folders)
 
 
 def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collection[str], name: str) -> bytes:
@@ -94,12 +124,18 @@ def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collec
         name: what messages call the file.
     """
     try:
-        config = json.loads(raw)
+        config = json.loads(raw) if len(raw) <= _MAX_CONFIG else None
+        if isinstance(config, dict):
+            return _fitted(raw, config, entries, before, name)
     except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        _logger.warning("%s: is not a JSON object and goes along as it is", name)
-        return raw
+        pass
+    _logger.warning("%s: is no JSON object of at most %d bytes and goes along as it is", name, _MAX_CONFIG)
+    return raw
+
+
+def _fitted(
+    raw: bytes, config: dict[str, Any], entries: Mapping[str, TensorEntry], before: Collection[str], name: str
+) -> bytes:
     old = json.dumps(config)
     if config.get("quantization_config") is not None and _is_plain(entries.values()):
         _logger.info("%s: the output is not quantised: quantization_config is left out", name)
@@ -119,7 +155,9 @@ def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collec
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and (part is config or _TIED in part):
                 part[_TIED] = tied
-    return raw if json.dumps(config) == old else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if json.dumps(config) == old:
+        return raw
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # of a surrogate
 
 
 def common_dtype(entries: Iterable[TensorEntry]) -> torch.dtype | None:

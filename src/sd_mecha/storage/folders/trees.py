@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 
 from sd_mecha.storage.disk import sync_folder
@@ -53,18 +55,44 @@ def _link(source: str, target: str) -> None:
             os.fsync(file.fileno())
 
 
-def sweep(folder: str, keep: Collection[str]) -> None:
-    """Remove all files but some, and all links."""
+def like(old: str, new: str, also: int = 0) -> None:
+    """Give a file or a folder the permissions of one that it replaces, if there is such a one, and more."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        mode = os.lstat(old).st_mode
+        if not stat.S_ISLNK(mode) and stat.S_IFMT(mode) == stat.S_IFMT(os.lstat(new).st_mode):
+            os.chmod(new, stat.S_IMODE(mode) | also)
+
+
+def keep_modes(source: str, target: str) -> None:
+    """Give all that is in a folder the permissions of what it replaces; folders stay open to their owner."""
+    for inside, folders, files in walk(source):
+        there = os.path.join(target, os.path.relpath(inside, source))
+        for name in files:
+            like(os.path.join(inside, name), os.path.join(there, name))
+        for name in folders:
+            like(os.path.join(inside, name), os.path.join(there, name), 0o700)
+
+
+def sweep(folder: str, keep: Collection[str]) -> bool:
+    """Remove all files but some, and all links; whether there were any."""
+    swept = False
     for inside, folders, files in walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
         for name in [*files, *links]:
             if (path := os.path.join(inside, name)) not in keep or os.path.islink(path):
                 os.unlink(path)
+                swept = True
+    return swept
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder with all that is in it, or what else has the name."""
+    """Remove a folder with all that is in it, also where it forbids that, or what else has the name."""
     if os.path.isdir(path) and not os.path.islink(path):
+        with contextlib.suppress(OSError):  # perhaps it can be removed all the same
+            like(path, path, 0o700)
+            for inside, folders, _ in walk(path):
+                for name in folders:
+                    like(os.path.join(inside, name), os.path.join(inside, name), 0o700)
         shutil.rmtree(path)
     else:
         os.unlink(path)
