@@ -6,7 +6,7 @@ The metadata holds JSON under `mecha_checksums`:
 
 A checksum is that of the bytes of the whole contiguous tensor, little-endian, as the file holds them; of scaled fp8 and
 of formats that are decoded when read, as they are read. `inputs` has every tensor that the plan reads from a model, by
-the path that the recipe gives.
+the path that the recipe gives, escaped as in its text: JSON has no place for names that are not UTF-8.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sd_mecha.execution.pool import Pool
 from sd_mecha.planning.plan import Plan
 from sd_mecha.planning.program import Load, Template
 from sd_mecha.recipes.nodes import ModelRecipeNode
+from sd_mecha.recipes.tokens import quote, unescape
 from sd_mecha.storage.buffers import byte_view
 from sd_mecha.storage.contract import Reader, TensorEntry, Writer, settle
 from sd_mecha.storage.remote.addresses import shown_path
@@ -49,7 +50,8 @@ class Checksums:
 
     def to_text(self) -> str:
         """The value for the metadata."""
-        found = {"algorithm": ALGORITHM, "output": self.output, "inputs": self.inputs}
+        inputs = {quote(model)[1:-1]: checksums for model, checksums in self.inputs.items()}
+        found = {"algorithm": ALGORITHM, "output": self.output, "inputs": inputs}
         return json.dumps(found, separators=(",", ":"))
 
     @staticmethod
@@ -65,7 +67,7 @@ class Checksums:
             raise FileFormatError(f"{source}: {CHECKSUMS_KEY}: algorithm is {algorithm!r}, expected {ALGORITHM!r}")
         if not _are_texts(output) or not isinstance(inputs, dict) or not all(map(_are_texts, inputs.values())):
             raise FileFormatError(f"{source}: {CHECKSUMS_KEY}: expected keys and their checksums as text")
-        return Checksums(output, inputs)
+        return Checksums(output, {unescape(model): checksums for model, checksums in inputs.items()})
 
 
 def _are_texts(found: Any) -> TypeGuard[dict[str, str]]:

@@ -123,6 +123,9 @@ def stream(recipe: RecipeNodeOrValue, **options: Any) -> Iterator[tuple[str, tor
         options: as for `merge`, without `output`. With `threads=0` each tensor is computed when it is asked for;
             otherwise workers run ahead by a few tensors.
 
+    Raises:
+        ChangedInputError: after the last tensor, where an input changed meanwhile: what was yielded may be of both.
+
     >>> import torch, sd_mecha
     >>> model = sd_mecha.model({"w": torch.ones(2)})
     >>> dict(sd_mecha.stream(sd_mecha.n_average(model, model), output_dtype=None))
@@ -145,6 +148,7 @@ def stream(recipe: RecipeNodeOrValue, **options: Any) -> Iterator[tuple[str, tor
                     tensor = writer.complete(key)
                     writer.drop(key)
                     yield key, _placed(tensor, checked)
+        _check_inputs(planned)
 
 
 def plan(recipe: RecipeNodeOrValue, **options: Any) -> Plan:
@@ -244,8 +248,7 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
         progress = stack.enter_context(_progress(options, planned))
         runner = Runner(planned, writers, run_options(options), telling(writers, progress.finished))
         runner.run(unfinished(planned.programs, writers, progress.finished))
-        for reader in planned.readers:
-            check_unchanged(reader)
+        _check_inputs(planned)
         planned.close()  # before publishing: an input may be what is replaced
         for writer in writers:  # so that what one of them lacks is not made again for the others
             settle(writer)
@@ -256,6 +259,11 @@ def _merge(recipes: Sequence[RecipeNodeOrValue], outputs: Sequence[Any], options
             for key, value in output.items():
                 if isinstance(value, torch.Tensor):
                     output[key] = _placed(value, options)
+
+
+def _check_inputs(planned: Plan) -> None:
+    for reader in planned.readers:
+        check_unchanged(reader)
 
 
 def run_options(options: MergeOptions) -> RunOptions:

@@ -70,6 +70,8 @@ def compare_with_recipe(
         Runner(planned, [writer], run_options(checked), done).run(programs)
     problems += sink.differences()
     notes = []
+    if checked.output_dtype is None and "output_dtype" not in options and sink.has_other_dtypes:
+        notes.append("it does not tell what output_dtype (--dtype) it was merged with: give that")
     if foreign:
         kinds = ", ".join(sorted(set(foreign.values())))
         notes.append(f"{counted(foreign)} in {kinds}, which other programs write, cannot be compared with the recipe")
@@ -90,6 +92,7 @@ class _Comparison(MemoryWriter):
         entries: what the recipe makes.
         forms: what becomes of it in the file.
         unlike: names whose shape or dtype is another in the file.
+        has_other_dtypes: whether that is the dtype of any.
         wanted: names to compare.
     """
 
@@ -101,6 +104,7 @@ class _Comparison(MemoryWriter):
         self._guard = threading.Lock()
         self.entries: dict[str, TensorEntry] = {}
         self.unlike: set[str] = set()
+        self.has_other_dtypes = False
         self.wanted: Collection[str] = ()
         self._compared: set[str] = set()
 
@@ -119,6 +123,7 @@ class _Comparison(MemoryWriter):
         made = {name: self.forms.entry(name, entry) for name, entry in self.entries.items()}
         unlike = {name: entry for name, entry in made.items() if name in stored and stored[name] != entry}
         self.unlike = set(unlike)
+        self.has_other_dtypes = any(stored[name].dtype != entry.dtype for name, entry in unlike.items())
         lines = [
             f"tensor {name!r} is {_shown(stored[name])}; the recipe makes {_shown(entry)}"
             for name, entry in list(unlike.items())[:_SHOWN]

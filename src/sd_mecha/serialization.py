@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sd_mecha.errors import RecipeFileError
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
 from sd_mecha.graph import open_graph
 from sd_mecha.recipes.nodes import RecipeNode
+from sd_mecha.recipes.parser import MAX_TEXT
 from sd_mecha.recipes.text import deserialize_text, serialize_text
 from sd_mecha.recipes.tokens import SUFFIX
 from sd_mecha.storage.output_file import OutputFile
@@ -71,9 +73,15 @@ def deserialize_path(recipe: str | os.PathLike[str]) -> RecipeNode:
     if path.suffix != SUFFIX:
         raise RecipeFileError(f"{path}: a recipe file ends in {SUFFIX}, this one in {path.suffix or 'nothing'}")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RecipeFileError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for somebody to write into it
+            raise ValueError("it is a directory, a pipe or a device")
+        with path.open("rb") as file:
+            raw = file.read(MAX_TEXT + 1)
+        if len(raw) > MAX_TEXT:
+            raise ValueError(f"it has more than {MAX_TEXT} bytes")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeFileError(f"{path}: not a .mecha text: byte {error.start} is not UTF-8") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise RecipeFileError(f"{path}: the recipe cannot be read: {getattr(error, 'strerror', error)}") from error
     return deserialize_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -20,7 +21,8 @@ from sd_mecha.options import MergeOptions
 from sd_mecha.outputs import RECIPE_KEY
 from sd_mecha.planning.opening import open_models
 from sd_mecha.recipes.building import model
-from sd_mecha.recipes.nodes import RecipeNode
+from sd_mecha.recipes.nodes import ModelRecipeNode, RecipeNode
+from sd_mecha.recipes.walk import toposort
 from sd_mecha.remerging import compare_with_recipe, counted
 from sd_mecha.serialization import deserialize, deserialize_path
 from sd_mecha.storage.contract import Reader, TensorEntry
@@ -145,7 +147,8 @@ def verify(
         if inputs:
             _check_inputs(checksums.inputs, location, report, workers)
         if against is not None:
-            _check_recipe(reader, against, sample, secrets.randbits(32) if seed is None else seed, options, report)
+            seed = secrets.randbits(32) if seed is None else seed
+            _check_recipe(reader, location, against, sample, seed, options, report)
     finally:
         reader.close()
     return report
@@ -280,6 +283,7 @@ def _changes(path: str, expected: Mapping[str, str], workers: int) -> list[str]:
 
 def _check_recipe(
     reader: Reader,
+    location: Location,
     against: RecipeNode | str | os.PathLike[str],
     sample: int | None,
     seed: int,
@@ -288,6 +292,9 @@ def _check_recipe(
 ) -> None:
     try:
         recipe = _recipe(reader, against)
+        if (path := _replaced_input(recipe, location)) is not None:
+            report.notes.append(f"it cannot be compared with the recipe: its input {path!r} was replaced by this file")
+            return
         report.compared, problems, notes = compare_with_recipe(reader, recipe, sample, seed, options)
     except OptionError:
         raise
@@ -308,6 +315,15 @@ def _recipe(reader: Reader, against: RecipeNode | str | os.PathLike[str]) -> Rec
     if text is None:
         raise FileFormatError(f"{reader.name} carries no recipe; give the .mecha file that it was made from")
     return deserialize(text)
+
+
+def _replaced_input(recipe: RecipeNode, location: Location) -> str | None:
+    for node in toposort(recipe):
+        if isinstance(node, ModelRecipeNode) and node.path is not None and not is_address(node.path):
+            with contextlib.suppress(MechaError):  # opening them all says more
+                if _share_a_place(model_dirs.locate(node.path), location):
+                    return node.path
+    return None
 
 
 def _line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,37 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with refused(UnknownFormatError, says=["pipe", "neither a file nor a directory"]):
         merge(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="long names are missing names there")
+def test_a_name_that_is_too_long(tmp_path: Path, a: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({long.name: ["diffusers", "X"]}))
+    for read in (merge, sd_mecha.verify):
+        for path in (long, long / "y", tmp_path / "pipeline"):
+            with refused(ModelAccessError, says=[long.name, "too long", "check the path"]):
+                read(path)
+    with refused(ModelAccessError, says=[long, "too long"]):
+        sd_mecha.merge(sd_mecha.model(a), output=tmp_path / "out/", shard_size=10, side_files=long)
+
+
+@pytest.mark.parametrize("name", ["", "m.safetensors", "m", "sub/m.safetensors"])
+def test_a_folder_without_permission(closed: Path, name: str) -> None:
+    named = closed / name if name else closed  # and no file that may be in it or not
+    with refused(
+        ModelAccessError, says=[f"model '{named}' cannot be opened: Permission denied; check its permissions"]
+    ):
+        sd_mecha.verify(named)
+    with refused(ModelAccessError, says=[named]):
+        merge(named)
+
+
+def test_a_part_of_a_pipeline_without_permission(closed: Path) -> None:
+    (closed.parent / "model_index.json").write_text(json.dumps({"closed": ["diffusers", "X"]}))
+    for read in (merge, sd_mecha.verify):
+        with refused(ModelAccessError, says=[closed, "Permission denied"]):
+            read(closed.parent)
 
 
 @pytest.mark.parametrize("name", ["secret.safetensors", "secret"])

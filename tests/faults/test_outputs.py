@@ -61,6 +61,23 @@ def test_a_folder_without_permission(old: Path, a: Path, monkeypatch: pytest.Mon
     assert old.read_bytes() == OLD
 
 
+@pytest.mark.parametrize("output_format", [None, "huggingface", "safetensors"])
+@pytest.mark.parametrize("name", ["closed/x.safetensors", "closed/x/", "closed/"])
+def test_a_folder_that_may_not_be_looked_into(closed: Path, name: str, output_format: str | None) -> None:
+    output = f"{closed.parent}/{name}"
+    with refused(OutputError, says=[output.rstrip("/"), "cannot be created: Permission denied"]):
+        sd_mecha.merge(sd_mecha.model({"w": torch.ones(1)}), output=output, output_format=output_format)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="long names are missing names there")
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".safetensors", "x" * 300 + "/", "x" * 300 + "/y.gguf"])
+def test_a_name_that_is_too_long(tmp_path: Path, a: Path, name: str) -> None:
+    with refused(OutputError, OSError, says=["x" * 300, "cannot be created: File name too long"]):
+        sd_mecha.merge(average(a), output=f"{tmp_path}/{name}")
+    with refused(OutputError, OSError, says=["x" * 300, "cannot be created: File name too long"]):
+        sd_mecha.merge_many({f"{tmp_path}/{name}": average(a)})
+
+
 @pytest.mark.parametrize("name", ["merged", "merged.fp16", "merged.ckpt"])
 def test_any_name_can_be_written_and_holds_safetensors(tmp_path: Path, a: Path, b: Path, name: str) -> None:
     sd_mecha.merge(average(a, b), output=tmp_path / name)
@@ -292,3 +309,23 @@ def test_an_input_that_changes_while_it_is_merged(tmp_path: Path, old: Path, thr
         sd_mecha.merge(meddle(one, other), output=old, threads=threads)
     assert old.read_bytes() == OLD
     assert only_file(old)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="open files cannot be changed so there")
+@THREADS
+def test_an_input_that_changes_while_it_is_streamed(a: Path, b: Path, threads: int) -> None:
+    stream = sd_mecha.stream(average(a, b), threads=threads)
+    next(stream)
+    os.utime(b, ns=(1, 1))
+    next(stream)
+    with refused(ChangedInputError, OSError, says=[b]):
+        next(stream)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="open files cannot be changed so there")
+@THREADS
+def test_nothing_is_said_to_those_that_leave_a_stream_early(a: Path, b: Path, threads: int) -> None:
+    stream = sd_mecha.stream(average(a, b), threads=threads)
+    next(stream)
+    os.utime(b, ns=(1, 1))
+    stream.close()  # type: ignore[attr-defined]

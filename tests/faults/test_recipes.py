@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sd_mecha.errors import (
     EmptyMergeError,
     MergeSpaceError,
     PlanError,
+    RecipeFileError,
     RecipeTypeError,
     RecipeVersionError,
     ShapeError,
@@ -148,6 +150,37 @@ def test_texts_and_files_that_are_no_recipe(tmp_path: Path) -> None:
         for path in (tmp_path / name, str(tmp_path / name)):
             with refused(ValueError, says=[tmp_path / name, why]):
                 sd_mecha.deserialize_path(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.mecha", "a\ud800b.mecha"])
+def test_names_that_no_recipe_file_has(name: str) -> None:
+    with refused(RecipeFileError, FileNotFoundError, says=["the recipe cannot be read"]):
+        sd_mecha.deserialize_path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_devices_are_no_recipes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mecha")
+    (tmp_path / "zero.mecha").symlink_to("/dev/zero")
+    for path in tmp_path.iterdir():
+        with refused(RecipeFileError, says=[path, "it is a directory, a pipe or a device"]):
+            sd_mecha.deserialize_path(path)
+
+
+def test_a_recipe_file_has_a_largest_size(tmp_path: Path) -> None:
+    path = tmp_path / "r.mecha"
+    path.write_text("version 0.1.0\ndict a=1")
+    os.truncate(path, 1 << 40)
+    with refused(RecipeFileError, says=[path, "it has more than 16777216 bytes"]):
+        sd_mecha.deserialize_path(path)
+
+
+def test_numbers_that_are_too_long_to_compute_with(a: Path) -> None:
+    long = 1 << 20_000
+    for recipe in (sd_mecha.literal({"w": long}, None, "weight"), sd_mecha.weighted_sum(a, a, alpha=long)):
+        assert sd_mecha.deserialize(sd_mecha.serialize(recipe, finalize=False)) == recipe
+        with refused(RecipeTypeError, says=["got 20001 bits, expected at most 14000"]):
+            sd_mecha.merge(recipe)
 
 
 def test_what_text_cannot_hold_is_refused_before_anything_is_opened(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +162,31 @@ class TestChecksums:
         assert report.ok, report
         assert [note for note in report.notes if "was replaced by this file" in note]
 
+    def test_nor_can_what_it_was_made_of_be_made_again(self, folder: Path) -> None:
+        sd_mecha.merge(recipe(folder), output=folder / "a.safetensors")
+        report = sd_mecha.verify(folder / "a.safetensors", against="embedded")
+        assert report.ok, report
+        (note,) = [note for note in report.notes if "recipe" in note]
+        assert re.fullmatch(r"it cannot be compared .*: its input '.*/a\.safetensors' was replaced by this file", note)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+    @pytest.mark.parametrize("ending", ["safetensors", "gguf"])
+    @pytest.mark.parametrize("name", [b"a\xff", b"a\\udcff", b'a\\"\n'])
+    def test_inputs_of_any_name_are_found(self, folder: Path, name: bytes, ending: str) -> None:
+        path = folder / os.fsdecode(name)
+        os.rename(folder / "a.safetensors", path)
+        sd_mecha.merge(sd_mecha.model(path), output=folder / f"out.{ending}", checksums=True)
+        report = sd_mecha.verify(folder / f"out.{ending}", against="embedded")
+        assert report.ok, report
+        assert f"input {str(path)!r} was compared: 21 tensors" in report.notes
+
+    @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody\0", "\\ud800", "\\u0000"])
+    def test_names_that_no_input_has(self, tmp_path: Path, name: str) -> None:
+        text = json.dumps({"algorithm": "sha256", "output": {}, "inputs": {name: {}}})
+        save_file({}, tmp_path / "x.safetensors", {"mecha_checksums": text})
+        report = str(sd_mecha.verify(tmp_path / "x.safetensors"))
+        assert "is not here and was not compared" in report or "File name too long" in report
+
     @pytest.mark.parametrize("link", ["input", "output"])
     def test_nor_is_one_that_it_replaced_under_another_name(self, folder: Path, link: str) -> None:
         (folder / "link.safetensors").symlink_to("a.safetensors")
@@ -240,6 +269,13 @@ class TestRecipe:
         assert sd_mecha.verify(folder / "x.safetensors", against="embedded", sample=None).ok
         wrong = sd_mecha.verify(folder / "x.safetensors", against="embedded", output_dtype=torch.float16)
         assert "is bfloat16" in str(wrong) if dtype == torch.bfloat16 else "is float32" in str(wrong)
+        assert "--dtype" not in str(wrong)
+
+    def test_a_dtype_that_the_file_does_not_tell_is_asked_for(self, folder: Path) -> None:
+        sd_mecha.merge(recipe(folder), output=folder / "x.safetensors", output_dtype=torch.int8)
+        report = sd_mecha.verify(folder / "x.safetensors", against="embedded")
+        assert "it does not tell what output_dtype (--dtype) it was merged with: give that" in report.notes
+        assert sd_mecha.verify(folder / "x.safetensors", against="embedded", output_dtype=torch.int8).ok
 
     def test_scaled_fp8_is_made_again(self, folder: Path) -> None:
         path = folder / "x.safetensors"

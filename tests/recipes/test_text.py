@@ -265,7 +265,6 @@ class TestReading:
     @pytest.mark.parametrize(
         ("line", "expected"),
         [
-            ("dict a=1 a=2", {"a": 2}),
             ('dict a="x"=3', {"a": "x", "": 3}),
             (r"dict \"x=3 \ =1", {'"x': 3, " ": 1}),
             (r"dict a=1 b\=2", {"a": 1, "b": 2}),

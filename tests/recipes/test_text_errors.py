@@ -14,6 +14,7 @@ from sd_mecha.errors import (
     RecipeVersionError,
     UnknownNameError,
 )
+from sd_mecha.recipes import parser
 from sd_mecha.recipes.text import deserialize_text
 
 SYNTAX = [
@@ -85,6 +86,24 @@ SYNTAX = [
          ^""",
     ),
     (
+        r'dict a=1 b=2 "\u0061"=3',
+        """line 2, column 14: 'a' is given twice
+    dict a=1 b=2 "\\u0061"=3
+                 ^""",
+    ),
+    (
+        'model "a"\nmerge "weighted_sum" &0 &0 alpha=0.1 alpha=0.9',
+        """line 3, column 38: 'alpha' is given twice
+    merge "weighted_sum" &0 &0 alpha=0.1 alpha=0.9
+                                         ^""",
+    ),
+    (
+        'model "a" null model_config=null',
+        """line 2, column 16: 'model_config' is given twice
+    model "a" null model_config=null
+                   ^""",
+    ),
+    (
         "dict w=" + "9" * 5000,
         """line 2, column 8: a decimal number of 5000 digits is too long: write it in hexadecimal, 0x...
     dict w=%s
@@ -140,6 +159,30 @@ def failure(body: str, kind: type[MechaError]) -> str:
 @pytest.mark.parametrize(("body", "message"), SYNTAX)
 def test_syntax(body: str, message: str) -> None:
     assert failure(body, RecipeSyntaxError) == message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "dict a=1 b=2 c=3 d=4 e=5 f=6",
+        'model "a"\n' + 'merge "n_average" &0 &0 &0\n' * 5,
+        'merge "n_average" 1 2 3 4 5 "6"',
+        "dict a=1 b=2\n" + "literal &0\n" * 4,  # each holds them anew
+        "dict\n" * 9,
+    ],
+)
+def test_a_recipe_that_would_fill_memory_is_refused(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    monkeypatch.setattr(parser, "_MAX_MEMORY", 4000)
+    assert "the recipe is too large: up to here it takes more than 4 kB of memory" in failure(body, RecipeSyntaxError)
+
+
+def test_a_text_has_a_largest_size() -> None:
+    assert "expected at most 16777216" in failure(" " * parser.MAX_TEXT, RecipeSyntaxError)
+
+
+def test_a_recipe_of_100_000_merges_is_not_too_large() -> None:
+    body = 'model "a"\nmodel "b"\n' + "".join(f'merge "weighted_sum" &{i + 1} &0 alpha=0.5\n' for i in range(100_000))
+    assert deserialize_text("version 0.1.0\n" + body).label() == "merge 'weighted_sum'"
 
 
 def test_position_is_also_given_as_numbers() -> None:

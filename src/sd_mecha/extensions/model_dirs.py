@@ -9,7 +9,7 @@ from pathlib import Path
 from sd_mecha.errors import ModelNotFoundError
 from sd_mecha.storage import locations
 from sd_mecha.storage.links import broken_link
-from sd_mecha.storage.locations import Location
+from sd_mecha.storage.locations import Location, ask
 
 _lock = threading.Lock()
 _dirs: list[Path] = []
@@ -46,7 +46,7 @@ def normalize_path(path: AnyPath) -> Path:
     exists nowhere is returned as an absolute path into the first place searched.
     """
     places = _places(path)
-    return next((place for place in places if place.exists()), places[0])
+    return next((place for place in places if ask(Path.exists, place, place)), places[0])
 
 
 def resolve_input(path: AnyPath) -> Path:
@@ -61,7 +61,7 @@ def resolve_input(path: AnyPath) -> Path:
         return found
     if link := next(filter(None, map(broken_link, _places(path))), None):
         raise ModelNotFoundError(f"model {os.fspath(path)!r} cannot be read: {link}; mend it, or correct the path")
-    if Path(os.path.expanduser(path)).is_absolute():
+    if Path(_expanded(path)).is_absolute():
         raise ModelNotFoundError(f"model {str(found)!r} does not exist; check the path")
     searched = "".join(f"\n  {directory}" for directory in _search_path())
     raise ModelNotFoundError(
@@ -83,13 +83,20 @@ def locate(path: AnyPath) -> Location:
 
 def resolve_output(path: AnyPath) -> Path:
     """Return where an output goes: a relative path into the first model directory, if there is any."""
-    return _search_path()[0] / os.path.expanduser(path)
+    return _search_path()[0] / _expanded(path)
 
 
 def _places(path: AnyPath) -> list[Path]:
     """Where an input path may lead, in order."""
-    path = Path(os.path.expanduser(path))
+    path = Path(_expanded(path))
     return [path] if path.is_absolute() else [directory / path for directory in _search_path()]
+
+
+def _expanded(path: AnyPath) -> str:
+    try:
+        return os.path.expanduser(os.fspath(path))
+    except ValueError:  # no user has a NUL in the name
+        return os.fspath(path)
 
 
 def _search_path() -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from sd_mecha.errors import ShapeError, StateDictKeyError
+from sd_mecha.errors import RecipeTypeError, ShapeError, StateDictKeyError
 from sd_mecha.extensions.method import method_of
 from sd_mecha.planning.arguments import context, convert_constant
 from sd_mecha.planning.bench import Target, Workbench
@@ -27,6 +27,8 @@ from sd_mecha.planning.unify import Classes
 from sd_mecha.recipes.nodes import LiteralRecipeNode, MergeRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.walk import toposort
 from sd_mecha.storage.contract import TensorEntry
+
+_MOST_BITS = 14_000  # Python writes no number of more than 4,300 digits, which messages and signatures hold
 
 
 def plan_programs(bench: Workbench, keys: Sequence[Sequence[str]], memoize: bool) -> list[Program]:
@@ -113,6 +115,7 @@ class Signatures:
         self.facts = facts = target.facts
         self.sources: list[RecipeNode] = []
         order = toposort(target.root)
+        _check_numbers(order)
         broadcast = {
             node
             for node in order
@@ -187,6 +190,16 @@ class Signatures:
             return _value_token(call(*args, **kwargs, **context(method_of(node), key, None, self.target.configs[node])))
         except StateDictKeyError:
             return key
+
+
+def _check_numbers(nodes: Iterable[RecipeNode]) -> None:
+    for node in nodes:
+        for key, value in node.value_dict.items() if isinstance(node, LiteralRecipeNode) else ():
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise RecipeTypeError(
+                    f"{node.label()}: the number at key {key!r} is too long to compute with: "
+                    f"got {value.bit_length()} bits, expected at most {_MOST_BITS}"
+                )
 
 
 def _differs_by_key(node: RecipeNode, facts: KeyFacts) -> TypeGuard[MergeRecipeNode]:

@@ -7,7 +7,7 @@ goes wrong is reported with line, column, the line and a caret.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sd_mecha.errors import (
@@ -20,8 +20,14 @@ from sd_mecha.recipes import provider
 from sd_mecha.recipes.nodes import LiteralRecipeNode, ModelRecipeNode, RecipeNode
 from sd_mecha.recipes.provider import Method, Named
 from sd_mecha.recipes.tokens import Ref, Scalar, Token, parse_bare, shown, split_line
+from sd_mecha.units import format_size
 
 VERSION = "0.1.0"
+
+MAX_TEXT = 16 << 20
+"""Characters of a text; one of 100,000 merges has 3.4 million."""
+_MAX_MEMORY = 350 << 20
+_NODE, _CHILD, _VALUE = 500, 100, 700  # bytes that they take, about, however little text asks for them
 
 T = TypeVar("T")
 
@@ -51,6 +57,8 @@ def _lines(text: object) -> list[str]:
         text = "\n".join([line.removesuffix("\n") for line in text])
     if not isinstance(text, str):
         raise RecipeTypeError(f"a recipe is read from a str or a list of lines, got {type(text).__name__}")
+    if len(text) > MAX_TEXT:
+        raise RecipeSyntaxError(f"the text has {len(text)} characters; expected at most {MAX_TEXT}")
     return text.removeprefix("\ufeff").split("\n")
 
 
@@ -62,6 +70,7 @@ class _Parser:
         self._has_version = False
         self._results: list[RecipeNode] = []
         self._methods: dict[str, Method] = {}
+        self._memory = 0
         self._line = ""
         self._number = 0
 
@@ -86,7 +95,9 @@ class _Parser:
         if read is None:
             known = ", ".join(self._COMMANDS)
             self._fail(f"unknown instruction {command[:40]!r}: expected one of {known}", start + 1)
-        self._results.append(read(self, list(split_line(line, end, number)), start + 1))
+        node = read(self, split_line(line, end, number), start + 1)
+        self._results.append(node)
+        self._take(_NODE + _CHILD * len(node.children))
 
     def _read_version(self) -> None:
         words = self._line.split()
@@ -99,42 +110,44 @@ class _Parser:
             message = f"the version is missing: the first line of a recipe is 'version {VERSION}'"
         raise RecipeVersionError(message, line=self._number, column=1, source=shown(self._line))
 
-    def _read_dict(self, tokens: list[Token], column: int) -> RecipeNode:
+    def _read_dict(self, tokens: Iterator[Token], column: int) -> RecipeNode:
         values: dict[str, Any] = {}
         for token in tokens:
             if token.name is None:
                 self._fail("a dict holds key=value pairs, and this has no key", token.column)
+            self._check_new(token.name, values, token)
             values[token.name] = self._value(token)
         return LiteralRecipeNode(values)
 
-    def _read_literal(self, tokens: list[Token], column: int) -> RecipeNode:
+    def _read_literal(self, tokens: Iterator[Token], column: int) -> RecipeNode:
         target, config, space = self._declaration("literal", "a reference to a dict", tokens, column)
         node = self._value(target)
         if not isinstance(node, LiteralRecipeNode) or node.model_config is not None or node.merge_space is not None:
             self._fail("a literal takes a reference to a dict instruction, such as &0", target.value_column)
+        self._take(_CHILD * len(node.value_dict))  # it is copied
         return LiteralRecipeNode(node.value_dict, config, space)
 
-    def _read_model(self, tokens: list[Token], column: int) -> RecipeNode:
+    def _read_model(self, tokens: Iterator[Token], column: int) -> RecipeNode:
         target, config, space = self._declaration("model", "the path of a file", tokens, column)
         if target.string is None:
             self._fail("a model takes the path of a file as a quoted string", target.value_column)
         return ModelRecipeNode(target.string, config, space)
 
-    def _read_merge(self, tokens: list[Token], column: int) -> RecipeNode:
-        if not tokens:
-            self._fail("merge is followed by the name of a method as a quoted string", column)
-        name = tokens[0]
-        if name.name is not None or name.string is None:
-            self._fail("merge is followed by the name of a method as a quoted string", name.column)
+    def _read_merge(self, tokens: Iterator[Token], column: int) -> RecipeNode:
+        name = next(tokens, None)
+        if name is None or name.name is not None or name.string is None:
+            at = column if name is None else name.column
+            self._fail("merge is followed by the name of a method as a quoted string", at)
         method = self._methods.get(name.string)
         if method is None:
             method = self._methods[name.string] = self._resolve(self._provider.method, name)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        for token in tokens[1:]:
+        for token in tokens:
             if token.name is None:
                 args.append(self._value(token))
             else:
+                self._check_new(token.name, kwargs, token)
                 kwargs[token.name] = self._value(token)
         try:
             return method(*args, **kwargs)
@@ -143,7 +156,7 @@ class _Parser:
         except TypeError as error:
             raise RecipeTypeError(self._located(str(error), name.column)) from error
 
-    _COMMANDS: ClassVar[Mapping[str, Callable[[_Parser, list[Token], int], RecipeNode]]] = {
+    _COMMANDS: ClassVar[Mapping[str, Callable[[_Parser, Iterator[Token], int], RecipeNode]]] = {
         "model": _read_model,
         "dict": _read_dict,
         "literal": _read_literal,
@@ -151,22 +164,24 @@ class _Parser:
     }
 
     def _declaration(
-        self, command: str, expected: str, tokens: list[Token], column: int
+        self, command: str, expected: str, tokens: Iterator[Token], column: int
     ) -> tuple[Token, Named | None, Named | None]:
         """Read `TARGET model_config=... merge_space=...`; both may be absent, or without their name."""
-        if not tokens or tokens[0].name is not None:
-            self._fail(f"{command} is followed by {expected}", tokens[0].column if tokens else column)
+        target = next(tokens, None)
+        if target is None or target.name is not None:
+            self._fail(f"{command} is followed by {expected}", column if target is None else target.column)
         found: dict[str, Named | None] = {}
         unnamed = iter(["model_config", "merge_space"])
-        for token in tokens[1:]:
+        for token in tokens:
             name = next(unnamed, "") if token.name is None else token.name
+            self._check_new(name, found, token)
             if name == "model_config":
                 found[name] = self._named(self._provider.config, token)
             elif name == "merge_space":
                 found[name] = self._named(self._provider.space, token)
             else:
                 self._fail(f"{command} takes model_config and merge_space, and nothing else", token.column)
-        return tokens[0], found.get("model_config"), found.get("merge_space")
+        return target, found.get("model_config"), found.get("merge_space")
 
     def _named(self, lookup: Callable[[str], Named], token: Token) -> Named | None:
         if token.string is None:
@@ -181,14 +196,26 @@ class _Parser:
         except UnknownNameError as error:
             raise UnknownNameError(self._located(str(error), token.value_column)) from error
 
+    def _check_new(self, name: str, found: Container[str], token: Token) -> None:
+        if name in found:
+            self._fail(f"{name!r} is given twice", token.column)
+
+    def _take(self, memory: int) -> None:
+        self._memory += memory
+        if self._memory > _MAX_MEMORY:
+            message = f"the recipe is too large: up to here it takes more than {format_size(_MAX_MEMORY)} of memory"
+            raise RecipeSyntaxError(message, line=self._number)
+
     def _value(self, token: Token) -> RecipeNode | Scalar:
         if token.string is not None:
+            self._take(_VALUE)
             return token.string
         try:
             value = parse_bare(token.bare)
         except ValueError as error:
             self._fail(str(error), token.value_column)
         if not isinstance(value, Ref):
+            self._take(_VALUE)
             return value
         count = len(self._results)
         if 0 <= value < count:

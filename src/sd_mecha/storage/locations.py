@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
-from sd_mecha.errors import FileFormatError, MechaError, ModelNotFoundError
+from sd_mecha.errors import FileFormatError, MechaError, ModelAccessError, ModelNotFoundError
 from sd_mecha.storage.contract import ByteSource
 from sd_mecha.storage.files import RangeFile
 from sd_mecha.storage.foreign import HEAD_SIZE
 
+T = TypeVar("T")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
 
 
@@ -121,13 +124,13 @@ class LocalLocation(Location):
         return self.path.name
 
     def is_file(self) -> bool:
-        return self.path.is_file()
+        return ask(Path.is_file, self.path)
 
     def is_folder(self) -> bool:
-        return self.path.is_dir()
+        return ask(Path.is_dir, self.path)
 
     def children(self) -> list[str]:
-        return sorted(os.listdir(self.path)) if self.is_folder() else []
+        return sorted(ask(os.listdir, self.path)) if self.is_folder() else []
 
     def parent(self) -> LocalLocation:
         return LocalLocation(self.path.parent)
@@ -137,6 +140,28 @@ class LocalLocation(Location):
 
     def _below(self, parts: tuple[str, ...]) -> LocalLocation:
         return LocalLocation(self.path.joinpath(*parts))
+
+
+def ask(question: Callable[[Path], T], path: Path, named: Path | None = None) -> T:
+    """The answer of the system to a question about a path.
+
+    Args:
+        question: what is asked.
+        path: what about.
+        named: what messages call it; by default, where a folder on the way may not be looked into, that folder.
+
+    Raises:
+        ModelAccessError: there is no answer, because of permissions or of a name that is too long.
+    """
+    try:
+        return question(path)
+    except OSError as error:
+        step = "check the path"
+        if isinstance(error, PermissionError):
+            step = "check its permissions"
+            named = named or next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+        name = str(named or path)
+        raise ModelAccessError(f"model {name!r} cannot be opened: {error.strerror or error}; {step}") from error
 
 
 def locate(path: str | os.PathLike[str]) -> Location:
