@@ -29,6 +29,7 @@ from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.dtypes import FLOAT4, is_integral
 from sd_mecha.storage.folders.joined import copied_tensors, lost_components
 from sd_mecha.storage.folders.pipelines import absent_components, is_pipeline, pipeline_folder, unconfigured_components
+from sd_mecha.storage.folders.sharded import is_known_weights
 from sd_mecha.storage.locations import LocalLocation, Location, is_address
 from sd_mecha.units import format_size, such_as
 
@@ -245,7 +246,7 @@ def _check_inputs(checksums: Mapping[str, Mapping[str, str]], location: Location
             report.notes.append(f"input {path!r} lies at an address and was not compared")
             continue
         try:
-            if _share_a_place(model_dirs.locate(path), location):
+            if _was_replaced(model_dirs.locate(path), location):
                 report.notes.append(f"input {path!r} was replaced by this file and was not compared")
                 continue
             report.problems += _changes(path, expected, workers)
@@ -257,12 +258,14 @@ def _check_inputs(checksums: Mapping[str, Mapping[str, str]], location: Location
             report.notes.append(f"input {path!r} was compared: {counted(expected)}")
 
 
-def _share_a_place(one: Location, other: Location) -> bool:
-    """Whether two models are the same file or folder, under whatever names, or one lies within the other."""
-    if not (isinstance(one, LocalLocation) and isinstance(other, LocalLocation)):
+def _was_replaced(source: Location, output: Location) -> bool:
+    """Whether an output took the place of an input: under whatever names, or as a part of its folder or around it."""
+    if not (isinstance(source, LocalLocation) and isinstance(output, LocalLocation)):
         return False
-    first, second = (Path(os.path.realpath(place.path)) for place in (one, other))
-    return first.is_relative_to(second) or second.is_relative_to(first)
+    old, new = (Path(os.path.realpath(place.path)) for place in (source, output))
+    if old.is_relative_to(new):
+        return old == new or old.is_dir() or is_known_weights(old.name)
+    return new.is_relative_to(old) and is_known_weights(new.name)  # any other file there is no part of the model
 
 
 def _changes(path: str, expected: Mapping[str, str], workers: int) -> list[str]:
@@ -321,7 +324,7 @@ def _replaced_input(recipe: RecipeNode, location: Location) -> str | None:
     for node in toposort(recipe):
         if isinstance(node, ModelRecipeNode) and node.path is not None and not is_address(node.path):
             with contextlib.suppress(MechaError):  # opening them all says more
-                if _share_a_place(model_dirs.locate(node.path), location):
+                if _was_replaced(model_dirs.locate(node.path), location):
                     return node.path
     return None
 

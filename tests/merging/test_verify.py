@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sd_mecha
@@ -203,6 +204,24 @@ class TestChecksums:
         a, b = sd_mecha.model(model / "model.safetensors"), sd_mecha.model(folder / "b.safetensors")
         sd_mecha.merge(sd_mecha.n_average(a, b), output=f"{model}/", checksums=True)
         assert sd_mecha.verify(model).ok
+
+    @pytest.mark.parametrize("inside", ["the input", "the output"])
+    def test_but_one_that_lies_beside_it_in_a_folder_is_compared(self, folder: Path, inside: str) -> None:
+        model = folder / "m"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        shutil.copy(folder / "a.safetensors", model / "model.safetensors")
+        source, output = model, model / "merged.safetensors"
+        if inside == "the output":
+            source, output = model / "extra.safetensors", model
+            shutil.copy(folder / "a.safetensors", source)
+        sd_mecha.merge(sd_mecha.model(source), output=output, checksums=True)
+        made = model / "model.safetensors" if output == model else output
+        with safe_open(made, "pt") as file:
+            save_file({**load_file(made), "w": torch.zeros(1)}, made, file.metadata())
+        report = sd_mecha.verify(output, against="embedded", sample=None)
+        assert report.problems, report
+        assert f"input {str(source)!r} was compared: 21 tensors" in report.notes
 
     def test_addresses_in_a_file_are_not_visited(self, tmp_path: Path) -> None:
         text = '{"algorithm":"sha256","output":{},"inputs":{"http://127.0.0.1:1/m":{"w":"00"}}}'

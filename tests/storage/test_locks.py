@@ -284,3 +284,29 @@ def test_an_interruption_right_after_the_file_was_made_leaves_none(
             claim(str(tmp_path / ".out.part"))
     assert calls > 1
     assert os.listdir(tmp_path) == []
+
+
+@needs_locks
+@posix
+def test_a_file_that_was_taken_for_an_empty_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / ".out.part")
+    real = locks.try_lock
+    others: list[int] = []
+
+    def another_comes_first(descriptor: int) -> bool:
+        if not others:
+            others.append(os.open(path, os.O_RDWR))
+            assert real(others[0])
+        return real(descriptor)
+
+    def another_removes_it(seconds: float) -> None:
+        locks.remove(path, others[0])
+
+    monkeypatch.setattr(locks, "try_lock", another_comes_first)
+    monkeypatch.setattr(locks.time, "sleep", another_removes_it)
+    descriptor, is_leftover = claim(path)
+    assert not is_leftover
+    assert locks.leads_to(path, descriptor)
+    os.close(descriptor)

@@ -266,6 +266,8 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
         ("model_card.safetensors", False),
         ("model.a.b.c.safetensors", False),
         ("model.epoch5.safetensors", False),
+        ("model.fp16_backup.safetensors", False),
+        ("model.fp8_e4m3fn.safetensors", True),
     ],
 )
 def test_weights_of_the_usual_variants_are_known(name: str, expected: bool) -> None:

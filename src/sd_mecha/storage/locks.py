@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable
 
 from sd_mecha.storage.capabilities import capabilities
@@ -29,6 +30,7 @@ _NAME_SIZE = 120  # bytes of the final name that are kept: some file systems all
 _FLAGS = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _EXISTING = _FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # it may be anything
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, getattr(errno, "EDEADLOCK", errno.EAGAIN))
+_MOMENT = 0.05  # seconds
 _LOCKED_BYTE = 1 << 62  # on Windows nobody else can read a byte that is locked: one far behind the data
 
 
@@ -75,9 +77,12 @@ def claim(path: str, keep: Callable[[], bool] | None = None) -> tuple[int, bool]
             _remove_empty(path)
             raise
         try:
-            if not try_lock(descriptor):
-                raise Held(errno.EWOULDBLOCK, "another merge is writing to it")
+            locked = try_lock(descriptor)
+            if not locked and fresh:  # perhaps by one that takes it for an empty leftover, and is about to remove it
+                time.sleep(_MOMENT)
             current = leads_to(path, descriptor)
+            if not locked and (current or not fresh):
+                raise Held(errno.EWOULDBLOCK, "another merge is writing to it")
             if current and (fresh or (keep is not None and _is_own(descriptor) and keep())):
                 return descriptor, not fresh
         except BaseException:

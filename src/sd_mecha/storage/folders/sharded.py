@@ -40,7 +40,7 @@ _KNOWN_WEIGHTS = re.compile(  # libraries have put the variant before the number
     rf"(?:{'|'.join({*STEMS, *_TORCH.values()})}){_VARIANT}(-\d+-of-\d+)?{_VARIANT}\.(?:safetensors|bin)"
     rf"(?:{_VARIANT}\.index{_VARIANT}\.json)?"
 )
-_USUAL_VARIANT = re.compile(r"(fp|bf|int)\d+[\w-]*|\d+-?bit|(non_)?ema")
+_USUAL_VARIANT = re.compile(r"(fp|bf|int)(4|8|16|32)([_-]?e4m3(fn)?|[_-]?e5m2)?|\d+-?bit|(non_)?ema")
 
 _logger = logging.getLogger("sd_mecha")
 
