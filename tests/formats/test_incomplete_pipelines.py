@@ -1,9 +1,8 @@
-"""Pipelines of which a part was not downloaded: refused, as its tensors would be missing in what is made of them."""
+"""Pipelines with components that lack weights: refused if only a part was downloaded, told of if there are none."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("names", "got"),
     [
-        (["config.json"], "got ['config.json']"),
         ([SHARD], f"got ['{SHARD}']"),
         ([INDEX.replace("json", "bf16.x.json"), "one.safetensors"], "one.safetensors"),
-        (["config.json", "diffusion_flax_model.msgpack"], "diffusion_flax_model.msgpack"),
+        (["config.json", "own.bin.index.json"], "own.bin.index.json"),
+        (["one.bin", "two.bin"], "got ['one.bin', 'two.bin']"),
     ],
 )
-def test_a_model_without_weights_is_refused(folder: Path, names: list[str], got: str) -> None:
+def test_a_model_with_a_part_of_its_weights_is_refused(folder: Path, names: list[str], got: str) -> None:
     (folder / "unet" / "config.json").unlink()
     for name in names:
         (folder / "unet" / name).write_text("{}")
@@ -71,14 +70,65 @@ def test_what_a_merge_made_and_was_lost_is_told(folder: Path, tmp_path: Path, sh
     assert sd_mecha.verify(tmp_path / "out", against="embedded").ok
     (tmp_path / "out" / "unet" / (INDEX if shard_size else "diffusion_pytorch_model.safetensors")).unlink()
     (problem,) = sd_mecha.verify(tmp_path / "out").problems
-    assert "unet: component of class 'UNet2DConditionModel' without weights" in problem
+    if shard_size:
+        assert "unet: component of class 'UNet2DConditionModel' without weights" in problem
+    else:
+        assert problem == "it has no weights of 1 component that a merge made, such as 'unet'"
 
 
-def test_schedulers_tokenizers_and_processors_need_none(folder: Path) -> None:
-    shutil.rmtree(folder / "unet")
+def test_schedulers_tokenizers_and_processors_need_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listing = json.loads((folder / "model_index.json").read_text())
+    del listing["unet"]
+    (folder / "model_index.json").write_text(json.dumps(listing))
     assert set(averaged(folder)) == {"vae.w"}
+    assert not caplog.records
 
 
-def test_a_model_with_files_of_no_other_kind_needs_none(folder: Path) -> None:
-    (folder / "unet" / "config.json").rename(folder / "unet" / "watermark_config.json")
-    assert set(averaged(folder)) == {"vae.w"}
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json"],
+        ["watermark_config.json"],
+        ["config.json", "diffusion_flax_model-1.msgpack", "diffusion_flax_model.msgpack.index.json"],
+        ["model.onnx", "model.onnx_data"],
+        ["t5-q8.gguf"],
+    ],
+)
+def test_a_model_without_weights_that_can_be_read_goes_along(
+    folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sd_mecha.storage.folders.side_files.MAX_SIDE_FILE", 1000)
+    (folder / "unet" / "config.json").unlink()
+    for name in names:
+        (folder / "unet" / name).write_text("{}" if name.endswith("json") else "weights" * 1000)
+    out = folder.parent / "out"
+    averaged(folder, output=f"{out}/")
+    (message,) = [record.getMessage() for record in caplog.records if "'unet'" in record.getMessage()]
+    assert message == (
+        f"{folder / 'unet'}: component 'unet' has no weights that can be read; it is not part of the model and goes "
+        "along as it is"
+    )
+    for name in names:
+        assert (out / "unet" / name).read_bytes() == (folder / "unet" / name).read_bytes()
+    assert {path.name for path in (out / "unet").iterdir()} == set(names)
+    report = sd_mecha.verify(out, against="embedded")
+    assert report.ok, report
+    assert report.compared == 1
+
+
+def test_links_to_weights_that_cannot_be_read_are_not_followed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder.parent / "secret").write_text("private")
+    (folder / "unet" / "x.gguf").symlink_to("../../secret")
+    averaged(folder, output=f"{folder.parent}/out/")
+    assert [path.name for path in (folder.parent / "out" / "unet").iterdir()] == ["config.json"]
+    assert "out of the folder of the model, do not go along: such as 'x.gguf'" in caplog.text
+
+
+def test_a_component_may_be_a_link(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"w": torch.ones(2)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "unet").rename(folder.parent / "shared")
+    (folder / "unet").symlink_to("../shared", target_is_directory=True)
+    averaged(folder, output=f"{folder.parent}/out/")
+    assert (folder.parent / "out" / "unet" / "config.json").is_file()
+    assert sd_mecha.verify(folder.parent / "out", against="embedded").ok
+    assert not caplog.records

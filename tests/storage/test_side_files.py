@@ -90,8 +90,41 @@ def test_links_of_a_cache_of_the_hub_lead_to_its_files(
     (tmp_path / "link").symlink_to(folder / sub)
     for model in (folder / sub, tmp_path / "link"):
         caplog.clear()
-        assert names(model) == {"x", "config.json"}
-        assert "such as 'b', 'r'" in warned(caplog)
+        assert names(model) == {"x", "config.json", "b"}
+        assert "such as 'r'" in warned(caplog)
+
+
+def test_files_of_a_cache_are_found_from_anywhere_and_wherever_they_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "disk/0a1b", "disk/id_rsa", "models--b/blobs/2c", "models--b/blobs/id", "blobs/3d", "mine/x")
+    snapshot = tmp_path / "models--a" / "snapshots" / "rev"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a" / "blobs").symlink_to("../disk")
+    (snapshot / "config.json").symlink_to("../../blobs/0a1b")
+    (snapshot / "notes.txt").symlink_to("../../blobs/id_rsa")
+    assert names(snapshot) == {"config.json"}
+    assert "such as 'notes.txt'" in warned(caplog)
+    caplog.clear()
+    links = {"config.json": "models--b/blobs/2c", "id": "models--b/blobs/id", "other": "blobs/3d"}
+    for name, goal in links.items():
+        (tmp_path / "mine" / name).symlink_to(tmp_path / goal)
+    assert names(tmp_path / "mine") == {"x", "config.json"}
+    assert "such as 'id', 'other'" in warned(caplog)
+
+
+def test_a_component_that_its_pipeline_names_may_be_a_link(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "shared/config.json", "shared/vocab.txt", "shared/.env", "shared/deep/x", "secret/id", "secret/notes")
+    (tmp_path / "shared" / "out.txt").symlink_to("../secret/id")
+    (tmp_path / "pipe").mkdir()
+    listing = {"text": ["transformers", "T5"], "docs": ["transformers", "T5"], "off": [None, None]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(listing))
+    for name, goal in {"text": "shared", "docs": "secret", "off": "shared", "unnamed": "shared"}.items():
+        (tmp_path / "pipe" / name).symlink_to(f"../{goal}")
+    assert names(tmp_path / "pipe" / "text") == {"config.json", "vocab.txt"}
+    assert "such as 'deep/x', 'out.txt'" in warned(caplog)
+    for name in ("docs", "off", "unnamed"):
+        assert names(tmp_path / "pipe" / name) == set()
 
 
 def test_where_nothing_can_be_listed_the_usual_names_are_tried(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ class _Along:
             if name in made:
                 yield from files_along(place, made[name], f"{name}/")
             else:  # its configuration fits what is copied with it
-                yield from ((f"{name}/{inside}", file.open) for inside, file in side_files(place))
+                found = side_files(place, weights=name not in self._weights)
+                yield from ((f"{name}/{inside}", file.open) for inside, file in found)
         for name in absent:
             _logger.info("%s: %s is copied from %s", self._output, name, self._folder.name)
             for file in files_of(self._weights[name]):

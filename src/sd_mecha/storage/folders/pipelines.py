@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from sd_mecha.errors import FileFormatError
-from sd_mecha.storage.folders.sharded import find_weights, is_known_weights
+from sd_mecha.storage.folders.sharded import find_weights
 from sd_mecha.storage.folders.side_files import CONFIG
 from sd_mecha.storage.foreign import BEFORE_TEXT
 from sd_mecha.storage.locations import LocalLocation, Location
@@ -25,6 +27,9 @@ diffusers passes over keys that begin with an underscore; but not everywhere whe
 _MAX_PIPELINE = 1 << 20
 _NAME = re.compile(r"[A-Za-z]\w*")
 _NO_MODEL = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in the names of classes that have no weights
+_READABLE = re.compile(r".*\.(safetensors|bin)(\..*json)?")  # weights and their indexes, were they whole
+
+_logger = logging.getLogger("sd_mecha")
 
 
 def is_pipeline(location: Location) -> bool:
@@ -71,8 +76,8 @@ def component_weights(folder: Location) -> dict[str, Location]:
     """What the components of a pipeline keep their weights in; schedulers and tokenizers have none.
 
     Raises:
-        FileFormatError: `model_index.json` breaks a rule, no component has weights, one that is a model lacks them,
-            or one has several variants.
+        FileFormatError: `model_index.json` breaks a rule, no component has weights, one has files of weights of which
+            none or several can be taken.
     """
     found = {}
     parts = _classes(folder)
@@ -90,16 +95,22 @@ def component_weights(folder: Location) -> dict[str, Location]:
 
 
 def _check_weightless(place: Location, kind: str) -> None:
-    """Refuse the folder of a component in which no weights are found, although it is that of a model."""
+    """Refuse what was not downloaded in full; tell of what has no weights at all, as some leave an encoder out."""
     names = place.children()
-    if not place.child(CONFIG).is_file() and not any(
-        is_known_weights(name) or name.endswith((".safetensors", ".bin")) for name in names
-    ):
-        return
-    raise FileFormatError(
-        f"{place.name}: component of class {brief(kind)} without weights: got {brief(names)}, expected a file of "
-        f"weights or an index; download it, or set {place.basename} to [null, null] in {PIPELINE}"
-    )
+    if any(map(_READABLE.fullmatch, names)):
+        raise FileFormatError(
+            f"{place.name}: component of class {brief(kind)} without weights: got {brief(names)}, expected a file of "
+            f"weights or an index; download it, or set {place.basename} to [null, null] in {PIPELINE}"
+        )
+    _tell_weightless(place.name, place.basename)
+
+
+@lru_cache(maxsize=256)  # a merge looks into a pipeline several times
+def _tell_weightless(place: str, component: str) -> None:
+    _logger.warning(
+        "%s: component %r has no weights that can be read; it is not part of the model and goes along as it is",
+        place, component,
+    )  # fmt: skip
 
 
 def absent_components(folder: Location) -> list[str]:

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sd_mecha.errors import MechaError
 from sd_mecha.storage.contract import TensorEntry
 from sd_mecha.storage.dtypes import IS_STORAGE_ONLY, dtype_name, is_integral
 from sd_mecha.storage.locations import LocalLocation, Location
@@ -30,6 +31,7 @@ _WEIGHTS = re.compile(
     r"|.*\.index(\.\w+)?\.json",
     re.IGNORECASE,
 )
+_HASH = re.compile(r"[0-9a-f]+(-\d+)?")  # what a hub's cache calls its files
 _PLAIN = re.compile(r"[^.\\:/][^\\:/]*")  # names that are names on every system, and not hidden
 _CACHES = frozenset({"__pycache__", "cache", "onnx", "openvino", "runs", "wandb", "logs"})
 _USUAL = (
@@ -46,23 +48,25 @@ _DTYPES = ("torch_dtype", "dtype")
 _logger = logging.getLogger("sd_mecha")
 
 
-def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Location]]:
+def side_files(folder: Location, deep: bool = True, weights: bool = False) -> Iterator[tuple[str, Location]]:
     """Relative path and place of every file that is neither weights nor an index, hidden, in a cache, or huge.
 
     Of links, only those to files in the folder of the model count, and those into where a hub's cache keeps its files.
+    The folder of a component that its pipeline names may be a link itself.
 
     Args:
         folder: where they lie. Where it cannot be listed, the usual names are tried.
         deep: whether those in folders within it count.
+        weights: whether weights count as well, of whatever size.
     """
-    found = _listed(folder, "", _DEPTH if deep else 0)
+    found = _listed(folder, "", _DEPTH if deep else 0, weights)
     if not isinstance(folder, LocalLocation) and not folder.children():
         found = ((name, folder.child(name)) for name in _USUAL)
     count = 0
-    own = _own_folders(folder)
+    is_own = _ownership(folder)
     links: list[str] = []
     for name, place in found:
-        if isinstance(place, LocalLocation) and (place.is_folder() or not _within(place.path, own)):
+        if isinstance(place, LocalLocation) and (place.is_folder() or not is_own(place.path)):
             links.append(name)
             continue
         if not place.is_file():
@@ -74,7 +78,7 @@ def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Locat
         source = place.open()
         size = source.size
         source.close()
-        if size > MAX_SIDE_FILE:
+        if size > MAX_SIDE_FILE and not (weights and _WEIGHTS.fullmatch(place.basename)):
             _logger.warning("%s: has %d bytes and does not go along with the output", place.name, size)
         else:
             yield name, place
@@ -84,29 +88,48 @@ def side_files(folder: Location, deep: bool = True) -> Iterator[tuple[str, Locat
         )
 
 
-def _listed(folder: Location, inside: str, depth: int) -> Iterator[tuple[str, Location]]:
+def _listed(folder: Location, inside: str, depth: int, weights: bool) -> Iterator[tuple[str, Location]]:
     for name in folder.children():
-        if not _PLAIN.fullmatch(name) or _WEIGHTS.fullmatch(name) or name.lower() in _CACHES:
+        if not _PLAIN.fullmatch(name) or (_WEIGHTS.fullmatch(name) and not weights) or name.lower() in _CACHES:
             continue
         place = folder.child(name)
         linked = isinstance(place, LocalLocation) and place.path.is_symlink()
         if not place.is_folder() or (linked and depth):
             yield inside + name, place
         elif depth:
-            yield from _listed(place, f"{inside}{name}/", depth - 1)
+            yield from _listed(place, f"{inside}{name}/", depth - 1, weights)
 
 
-def _own_folders(folder: Location) -> list[Path]:
+def _ownership(folder: Location) -> Callable[[Path], bool]:
+    """What says whether a path leads to a file of the model in a folder."""
     if not isinstance(folder, LocalLocation):
-        return []
-    path = folder.path
-    own = Path(os.path.realpath(path.parent if (path.parent / _PIPELINE).is_file() else path))
-    return [own, *(at.parents[1] / "blobs" for at in (own, *own.parents) if at.parent.name == "snapshots")]
+        return lambda path: True
+    in_pipeline = folder.parent().child(_PIPELINE).is_file()
+    top = Path(os.path.realpath(folder.path.parent if in_pipeline else folder.path))
+    blobs = [at.parents[1] / "blobs" for at in (top, *top.parents) if at.parent.name == "snapshots"]
+    caches = {Path(os.path.realpath(place)) for place in blobs}
+    component = Path(os.path.realpath(folder.path)) if in_pipeline and _is_component(folder) else None
+
+    def is_own(path: Path) -> bool:
+        real = Path(os.path.realpath(path))
+        above = real.parent
+        if any(real.is_relative_to(place) for place in (top, *blobs)) or above == component:
+            return True
+        cached = above in caches or (above.name == "blobs" and above.parent.name.startswith("models--"))
+        return cached and _HASH.fullmatch(real.name) is not None  # else `blobs` might lead to anything
+
+    return is_own
 
 
-def _within(path: Path, folders: Iterable[Path]) -> bool:
-    real = Path(os.path.realpath(path))
-    return any(real.is_relative_to(folder) for folder in folders)
+def _is_component(folder: LocalLocation) -> bool:
+    """Whether the pipeline around a folder names it, and it looks like a part of a model, not like somebody's files."""
+    try:
+        listing = json.loads(folder.parent().child(_PIPELINE).read(_MAX_CONFIG))
+    except (ValueError, RecursionError, MechaError):
+        return False
+    value = listing.get(folder.basename) if isinstance(listing, dict) else None
+    named = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return named and any(folder.child(name).is_file() for name in _USUAL if name.endswith(".json"))
 
 
 def fitted_config(raw: bytes, entries: Mapping[str, TensorEntry], before: Collection[str], name: str) -> bytes:
