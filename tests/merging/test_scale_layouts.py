@@ -41,10 +41,16 @@ def merged(model: dict[str, torch.Tensor]) -> dict[str, Any]:
     ids=["one", "rows", "blocks"],
 )
 def test_other_names_of_scales(name: str, scale: torch.Tensor, spread: Any) -> None:
-    model = {"l.0.w.weight": values(300, 130), f"l.0.w.{name}": scale, "l.0.w.activation_scale": torch.tensor(2.0)}
+    matrices = ["l.0.v.weight", "l.0.w.weight"]
+    model = {"embed.weight": values(300, 130), "head.bias": scales(1)}
+    for key in matrices:
+        module = key.removesuffix("weight")
+        model |= {key: values(300, 130), f"{module}{name}": scale, f"{module}activation_scale": torch.tensor(2.0)}
     found = merged(model)
-    assert list(found) == ["l.0.w.weight"]
-    assert torch.equal(found["l.0.w.weight"], model["l.0.w.weight"].float() * spread(scale))
+    assert set(found) == {"embed.weight", "head.bias", *matrices}
+    assert torch.equal(found["embed.weight"].float(), model["embed.weight"].float())
+    for key in matrices:
+        assert torch.equal(found[key], model[key].float() * spread(scale))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,8 @@ def test_experts_in_one_tensor(ending: str, shape: tuple[int, ...], spread: Any)
         ("e.up_proj", values(2, 8, 4), "e.up_proj_scales", scales(2)),
         ("l.weight", values(8, 4), "l.weight_scales", scales(8)),
         ("l.weight", values(8, 4), "l.weight_block_scale", scales(8)),
-        ("l.weight", values(8, 4), "l.scale", scales(3)),
+        ("e.w13_weight", values(2, 8, 4), "e.w13_scale", scales(2, 1, 1)),
+        ("a.in_proj_weight", values(8, 4), "a.in_proj_scale", scales(8)),
         ("l.weight", values(8, 4), "l.scale", torch.ones(8, 1).byte()),
         ("l.weight", values(8, 4), "l.scales", scales(8)),
         ("weight", values(8, 4), "scale_inv", scales(8)),
@@ -96,6 +103,42 @@ def test_what_is_not_understood_is_refused(key: str, matrix: torch.Tensor, other
         merged({key: matrix, other: scale})
     assert repr(key) in str(caught.value)
     assert repr(other) in str(caught.value)
+
+
+def test_a_scale_of_all_matrices_has_to_fit() -> None:
+    with pytest.raises(FileFormatError, match=r"'b\.scale' of shape \(3,\).*does not fit the fp8 matrix 'b\.weight'"):
+        merged({"a.weight": values(8, 4), "a.scale": scales(8), "b.weight": values(8, 4), "b.scale": scales(3)})
+
+
+def test_a_scale_of_some_matrices_is_refused() -> None:
+    model = {f"{name}.weight": values(8, 4) for name in "abc"} | {f"{name}.scale": scales(8) for name in "ab"}
+    with pytest.raises(FileFormatError, match=r"'a\.scale' may be .* or a parameter of its own: .*'c\.weight'"):
+        merged(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "matrix", "other", "parameter"),
+    [
+        ("l.weight", values(8, 4), "l.upscale_weight", scales(8, 4)),
+        ("l.weight", values(8, 4), "l.weight_scale_table", scales(8, 4)),
+        ("l.weight", values(8, 4), "l.weight_scale_table", scales(8, 5)),
+        ("l.weight", values(8, 4), "l.multiscale_weights", scales(4)),
+        ("l.weight", values(8, 4), "l.weight_rescale", scales()),
+        ("l.weight", values(8, 4), "l.scale", scales(1)),
+        ("l.weight", values(8, 4), "l.scale", scales(8)),
+        ("conv.weight", values(8, 4, 3, 3), "conv.scale", scales(8)),
+        ("conv.weight", values(8, 4, 3, 3), "conv.scale", scales(8, 1, 1, 1)),
+        ("pos_embed", values(1, 8, 8), "pos_embed_scale", scales(1)),
+        ("pos_embed", values(8, 8), "pos_embed_scale", scales(1)),
+        ("b.modulation", values(1, 6, 8), "b.modulation.scale", scales(1)),
+        ("mask", torch.ones(8, 8).char(), "mask_scale", scales(8)),
+    ],
+)
+def test_a_parameter_is_no_scale(key: str, matrix: torch.Tensor, other: str, parameter: torch.Tensor) -> None:
+    found = merged({key: matrix, other: parameter})
+    assert set(found) == {key, other}
+    assert torch.equal(found[key].float(), matrix.float())
+    assert torch.equal(found[other], parameter)
 
 
 @pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2, torch.bfloat16])

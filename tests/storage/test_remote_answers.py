@@ -28,6 +28,7 @@ class Answer(NamedTuple):
     range: str
     chunked: bool = False
     header: tuple[str, str] = ("Content-Type", "application/octet-stream")
+    closing: bool = False
 
 
 Site = Callable[[int, int], Answer]
@@ -60,6 +61,9 @@ def opened(answer: Site) -> Iterator[tuple[RemoteFile, list[tuple[int, int]]]]:
                 self.send_header("Transfer-Encoding", "chunked")
                 pieces = [body[i : i + 7_000] for i in range(0, len(body), 7_000)]
                 body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+            elif sent.closing:
+                self.send_header("Connection", "close")
+                self.close_connection = True
             else:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -169,6 +173,37 @@ def test_a_server_that_sends_so_many_bytes_at_a_time_is_read():
     assert len(asked) < SIZE / 5_000 * 1.5
 
 
-def test_a_server_that_sends_more_than_was_asked_for_is_read():
-    with opened(lambda first, last: proper(first, SIZE - 1)) as (file, _):
+@pytest.mark.parametrize("way", [{}, {"chunked": True}, {"closing": True}], ids=str)
+def test_a_server_that_sends_more_than_was_asked_for_is_read(way):
+    with opened(lambda first, last: proper(first, SIZE - 1)._replace(**way)) as (file, _):
+        assert file.read(100_000, 20_000) == CONTENT[100_000:120_000]
+
+
+@pytest.mark.parametrize("way", [{"chunked": True}, {"closing": True}], ids=str)
+def test_less_than_was_asked_for_of_an_answer_that_says_more_is_refused(way):
+    cut = SIZE
+
+    def answer(first: int, last: int) -> Answer:
+        return Answer(CONTENT[first:cut], f"bytes {first}-{SIZE - 1}/{SIZE}", **way)
+
+    with opened(answer) as (file, _):
+        cut = 210_000
+        with pytest.raises(ModelAccessError, match="the connection ended after"):
+            file.read(200_000, 20_000)
+
+
+def test_a_server_that_repeats_an_end_beyond_the_file_is_read():
+    def answer(first: int, last: int) -> Answer:
+        said = last + 1_000 if last == SIZE - 1 else last
+        return proper(first, last)._replace(range=f"bytes {first}-{said}/{SIZE}")
+
+    with opened(answer) as (file, _):
+        assert file.read(SIZE - 20_000, 20_000) == CONTENT[-20_000:]
+
+
+def test_a_length_with_zeros_before_it_is_read():
+    def answer(first: int, last: int) -> Answer:
+        return proper(first, last)._replace(header=("Content-Length", f"000{last + 1 - first}"))
+
+    with opened(answer) as (file, _):
         assert file.read(100_000, 20_000) == CONTENT[100_000:120_000]

@@ -4,8 +4,9 @@
     X.scale_weight   float32: one scale, one for each row, or one for each square block of the matrix
     scaled_fp8       a marker that says what the file does
 
-Other tools call the scale `weight_scale`, `weight_scale_inv`, `qscale_weight` or `scale`; all of them multiply. Scales
-of activations (`scale_input`, `input_scale` and so on) mean nothing without the fp8 values and go with them.
+Other tools call the scale `weight_scale`, `weight_scale_inv`, `qscale_weight` or, in DeepSeek's files, `scale`; all of
+them multiply. Scales of activations (`scale_input`, `input_scale` and so on) mean nothing without the fp8 values and go
+with them.
 
 Experts that transformers keeps in one tensor:
 
@@ -30,9 +31,10 @@ from sd_mecha.storage.dtypes import FLOAT4, IS_STORAGE_ONLY, dtype_name
 from sd_mecha.storage.views import ReaderView
 
 MARKER = "scaled_fp8"
-_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "qscale_weight", "scale")
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "qscale_weight")
 _SCALES_OF_EXPERTS = ("scale_inv", "scale")
 _GOING_WITH = ("scale_input", "input_scale", "activation_scale", "qscale_act", "comfy_quant")
+_OFTEN_PLAIN = re.compile(r"(?:emb|norm|head)[^.]*\.weight$")  # even where all other matrices have scales
 _IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.(?:.*\.)?weight$")
 _FP8 = torch.float8_e4m3fn
 _POWERS: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # powers of two, made for scales
@@ -101,27 +103,50 @@ class ScaledReader(ReaderView):
 def find_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, str]:
     """The fp8 matrices of a model that have a scale: key of the matrix -> key of its scale.
 
-    What is called just `scale` may be a parameter of its own: it is none of a matrix if it is fp8 like that.
-
     Raises:
-        FileFormatError: a scale does not fit its matrix.
+        FileFormatError: a scale does not fit its matrix, or may be a parameter of its own.
     """
-    found = {}
+    found = _bare_scales(entries, name)
     for key, entry in entries.items():
-        if not is_fp8(entry.dtype):
+        if not is_fp8(entry.dtype) or key in found:
             continue
         is_weight, module = key.endswith("weight"), _module(key)
         parts = _SCALES if is_weight else _SCALES_OF_EXPERTS
         scale = next((module + part for part in parts if module + part in entries), None)
         if scale is None:
             continue
-        if scale == f"{module}scale" and (is_fp8(entries[scale].dtype) or len(entry.shape) < 2):
-            continue
         if is_weight:
             _check(name, key, entry.shape, scale, entries[scale])
         elif not _fits_experts(entry.shape, entries[scale], by_column=scale.endswith("_scale")):
             continue
         found[key] = scale
+    return found
+
+
+def _bare_scales(entries: Mapping[str, TensorEntry], name: str) -> dict[str, str]:
+    """The matrices with what is called just `scale`: a parameter of its own, unless all matrices have one."""
+    found, without = {}, []
+    for key, entry in entries.items():
+        if not (key.endswith("weight") and is_fp8(entry.dtype) and len(entry.shape) == 2):
+            continue
+        module = _module(key)
+        if any(module + part in entries for part in _SCALES):
+            continue
+        scale = entries.get(f"{module}scale")
+        if scale is not None and not is_fp8(scale.dtype) and scale.numel < entry.numel:
+            found[key] = f"{module}scale"
+        elif not _OFTEN_PLAIN.search(key):
+            without.append(key)
+    if len(found) < 2:
+        return {}
+    if without:
+        key = min(found)
+        raise FileFormatError(
+            f"{name}: {found[key]!r} may be the scale of the fp8 matrix {key!r} or a parameter of its own: "
+            f"{len(found)} matrices have one, and others, like {min(without)!r}, have none; use a file of floats"
+        )
+    for key, scale_name in found.items():
+        _check(name, key, entries[key].shape, scale_name, entries[scale_name])
     return found
 
 

@@ -31,7 +31,8 @@ _UNREAD: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("_blocks", ("_scales",), "MXFP4"),
 )
 _INSTEAD = "use the model that it was made from, or save it as floats with the program that made it"
-_OF_A_WEIGHT = re.compile(r"scales?(_inv|_w)?|w_?scales?|.*weight.*")  # names that have "scale" in them
+_A_SCALE = re.compile("(^|_)[qw]?scales?(_|$)")
+_OF_A_WEIGHT = re.compile(r"scales?(_inv|_w)?|w_?scales?|.*weight.*")  # names that are such
 _OF_ACTIVATIONS = re.compile("input|output|act")
 
 
@@ -77,17 +78,32 @@ def _refuse_unknown_scales(entries: Mapping[str, TensorEntry], name: str) -> Non
             continue  # a parameter like any other, in a model that was cast as a whole
         for owner in _owners(key):
             matrix = entries.get(owner)
-            if matrix is not None and len(matrix.shape) > 1 and (is_fp8(matrix.dtype) or matrix.dtype == torch.int8):
+            if matrix is not None and _may_scale(key, entry, owner, matrix):
                 raise FileFormatError(
                     f"{name}: {owner!r} is {dtype_name(matrix.dtype)} of shape {matrix.shape}, and {key!r} of shape "
                     f"{entry.shape} seems to be its scale, in a way that is not read here; {_INSTEAD}"
                 )
 
 
+def _may_scale(key: str, entry: TensorEntry, owner: str, matrix: TensorEntry) -> bool:
+    """Whether a tensor, by its name the scale of a matrix, can be that, going by what both are."""
+    is_eight_bits = is_fp8(matrix.dtype) or matrix.dtype == torch.int8
+    if not is_eight_bits or len(matrix.shape) < 2 or entry.shape == matrix.shape or entry.numel > matrix.numel:
+        return False
+    _, _, last = owner.rpartition(".")
+    if is_fp8(matrix.dtype) and last == "weight" and key == f"{owner.removesuffix(last)}scale":
+        # what `find_scales` left alone is learned, unless no parameter is kept like that
+        return not entry.dtype.is_floating_point or entry.dtype in IS_STORAGE_ONLY
+    if "weight" in last or key == f"{owner}_scale_inv":
+        return True
+    return is_fp8(matrix.dtype) and key[len(owner)] == "_" and matrix.shape[0] > 1 and "emb" not in last
+
+
 def _owners(key: str) -> Iterator[str]:
     """What a tensor would be the scale of, going by its name."""
     module, dot, last = key.rpartition(".")
-    if "scale" in last and not _OF_ACTIVATIONS.search(last):
+    if _A_SCALE.search(last) and not _OF_ACTIVATIONS.search(last):
         yield from (key[: part.start()] for part in re.finditer("[._]", key) if part.start() >= len(module))
+        yield f"{key.removesuffix('scale')}weight"  # in_proj_weight and in_proj_scale
         if _OF_A_WEIGHT.fullmatch(last):
             yield f"{module}{dot}weight"
