@@ -7,11 +7,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd_mecha.errors import RecipeFileError
+from sd_mecha.errors import RecipeError, RecipeFileError
 from sd_mecha.extensions.merge_methods import RecipeNodeOrValue, value_to_node
 from sd_mecha.graph import open_graph
 from sd_mecha.recipes.nodes import RecipeNode
-from sd_mecha.recipes.parser import MAX_TEXT
+from sd_mecha.recipes.parser import MAX_TEXT, text_size
 from sd_mecha.recipes.text import deserialize_text, serialize_text
 from sd_mecha.recipes.tokens import SUFFIX
 from sd_mecha.storage.output_file import OutputFile
@@ -27,18 +27,27 @@ def serialize(recipe: RecipeNodeOrValue, *, finalize: bool = True, output: str |
         output: a file to write the text to as well.
 
     Raises:
+        RecipeError: the text would be larger than what is read.
         RecipeTypeError: the recipe holds tensors or in-memory models, which text cannot.
         PlanError: it cannot be finalised.
         OutputError: the text cannot be written; a file of that name stays as it was.
     """
     node = value_to_node(recipe)
     if finalize:
-        serialize_text(node)  # what cannot be written is refused before any file is opened
+        _text(node)  # what cannot be written is refused before any file is opened
         with open_graph(node) as graph:
             node = graph.finalize_root(check_extra_keys=False, check_mandatory_keys=False)
-    text = serialize_text(node)
+    text = _text(node)
     if output is not None:
         _write(text.encode("utf-8"), output)
+    return text
+
+
+def _text(node: RecipeNode) -> str:
+    text = serialize_text(node)
+    size = text_size(text)
+    if size > MAX_TEXT:
+        raise RecipeError(f"the recipe is too large: its text has {size} bytes; expected at most {MAX_TEXT}")
     return text
 
 
@@ -80,6 +89,7 @@ def deserialize_path(recipe: str | os.PathLike[str]) -> RecipeNode:
         if len(raw) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT} bytes")
         text = raw.decode("utf-8")
+        del raw  # it is as large as the text
     except UnicodeDecodeError as error:
         raise RecipeFileError(f"{path}: not a .mecha text: byte {error.start} is not UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import sd_mecha
+from sd_mecha import serialization
 from sd_mecha.errors import (
     ConfigError,
     EmptyMergeError,
     MergeSpaceError,
     PlanError,
+    RecipeError,
     RecipeFileError,
     RecipeTypeError,
     RecipeVersionError,
@@ -171,8 +173,15 @@ def test_a_recipe_file_has_a_largest_size(tmp_path: Path) -> None:
     path = tmp_path / "r.mecha"
     path.write_text("version 0.1.0\ndict a=1")
     os.truncate(path, 1 << 40)
-    with refused(RecipeFileError, says=[path, "it has more than 16777216 bytes"]):
+    with refused(RecipeFileError, says=[path, "it has more than 67108864 bytes"]):
         sd_mecha.deserialize_path(path)
+
+
+def test_no_recipe_is_written_that_is_too_large_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serialization, "MAX_TEXT", 100)
+    with refused(RecipeError, says=["the recipe is too large: its text has", "expected at most 100"]):
+        sd_mecha.serialize(sd_mecha.model("a" * 100), finalize=False, output=tmp_path / "r.mecha")
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_are_too_long_to_compute_with(a: Path) -> None:

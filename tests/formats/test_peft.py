@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sd_mecha
 from sd_mecha.errors import ChangedInputError, FileFormatError
 from sd_mecha.extensions import model_formats
+from sd_mecha.storage import peft
 from sd_mecha.storage.locations import locate
 
 
@@ -62,6 +63,7 @@ def strengths(path: Path) -> list[float]:
         ({"lora_alpha": 2, "r": 2, "alpha_pattern": {"^layers.1.q": 6, "^1.q": 8, "ayers.0.q": 8}}, [1.0, 3.0]),
         ({"lora_alpha": 2, "r": 2, "alpha_pattern": {".*layers.*[01].(q|k)": 5, "1.q": 6}}, [2.5, 2.5]),
         ({"lora_alpha": 2, "r": 2, "alpha_pattern": {"1.q": 6, "^.*q$": 5, "q": 8}}, [2.5, 3.0]),
+        ({"lora_alpha": 2, "r": 2, "alpha_pattern": {r"layers.*(?<!0)\.q": 5}}, [1.0, 2.5]),
         ({"r": 2}, [1.0, 1.0]),
     ],
 )
@@ -100,6 +102,26 @@ def test_a_configuration_that_cannot_be_followed(tmp_path: Path, config: Any, sa
     assert "adapter_config.json" in str(caught.value)
 
 
+def test_expressions_for_many_experts_are_not_taken_for_endless_ones() -> None:
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj"
+        for layer in range(48)
+        for expert in range(128)
+        for name in ("gate", "up", "down")
+    ]
+    patterns = [
+        r"layers\.\d+\.mlp\.experts\.\d+\.(gate|up)_proj",
+        r"layers\.[0-9]+\.mlp\.experts\.\d+\.down_proj",
+        r"model\.layers\..*(?<!up)_proj",
+    ]
+    found = peft._own_alphas(dict(zip(patterns, (1, 2, 3), strict=True)), names, "x")
+    assert sorted(found.values()) == [1.0] * 2 * 48 * 128 + [2.0] * 48 * 128
+    hostile = [name + "1" * 40 for name in names]
+    for pattern in (r"\d*" * 5 + "!", r"[^x]*\S*!", "1*" * 5 + "!"):
+        with pytest.raises(FileFormatError):
+            peft._own_alphas({pattern: 1}, hostile, "x")
+
+
 def test_a_strength_that_cannot_be_shown_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     factors = {"base_model.model.layers.0.q.lokr_w1": rand(2, 2), "base_model.model.layers.0.q.lokr_w2": rand(4, 3)}
     folder = saved(tmp_path / "adapter", {"alpha": 4, "r": 2}, factors)
@@ -111,13 +133,13 @@ def test_a_strength_that_cannot_be_shown_is_told(tmp_path: Path, caplog: pytest.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_peft_saved_merges_as_peft_merges_it(tmp_path: Path, rslora: bool) -> None:
-    peft = pytest.importorskip("peft")
+    library = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = nn.ModuleDict({"first": nn.Linear(6, 8), "second": nn.Linear(8, 6)})
     base = {key: value.clone() for key, value in model.state_dict().items()}
     pattern = {} if rslora else {"rank_pattern": {"second": 3}, "alpha_pattern": {"second": 1}}
-    config = peft.LoraConfig(r=2, lora_alpha=7, target_modules=["first", "second"], use_rslora=rslora, **pattern)
-    trained = peft.get_peft_model(model, config)
+    config = library.LoraConfig(r=2, lora_alpha=7, target_modules=["first", "second"], use_rslora=rslora, **pattern)
+    trained = library.get_peft_model(model, config)
     for parameter in trained.parameters():
         nn.init.normal_(parameter.data, std=0.5) if parameter.requires_grad else None
     trained.save_pretrained(tmp_path)

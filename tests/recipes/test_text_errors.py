@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +173,52 @@ def test_syntax(body: str, message: str) -> None:
     ],
 )
 def test_a_recipe_that_would_fill_memory_is_refused(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(parser, "_MAX_MEMORY", 4000)
-    assert "the recipe is too large: up to here it takes more than 4 kB of memory" in failure(body, RecipeSyntaxError)
+    monkeypatch.setattr(parser, "_MAX_MEMORY", 3000)
+    assert "the recipe is too large: up to here it takes more than 3 kB of memory" in failure(body, RecipeSyntaxError)
 
 
 def test_a_text_has_a_largest_size() -> None:
-    assert "expected at most 16777216" in failure(" " * parser.MAX_TEXT, RecipeSyntaxError)
+    assert "expected at most 67108864 bytes" in failure(" " * parser.MAX_TEXT, RecipeSyntaxError)
 
 
 def test_a_recipe_of_100_000_merges_is_not_too_large() -> None:
     body = 'model "a"\nmodel "b"\n' + "".join(f'merge "weighted_sum" &{i + 1} &0 alpha=0.5\n' for i in range(100_000))
     assert deserialize_text("version 0.1.0\n" + body).label() == "merge 'weighted_sum'"
+
+
+@pytest.mark.parametrize(
+    ("count", "line"),
+    [
+        (1000, 'merge "weighted_sum" &0 0.25 alpha=0.5'),
+        (
+            20,
+            "dict " + " ".join(f"model.diffusion_model.input_blocks.{i}.0.out_layers.3.weight=0.5" for i in range(250)),
+        ),
+        (20, "dict " + " ".join(f'{i}="\x01"' for i in range(250))),
+        (1, 'merge "n_average"' + " 1" * 1000),
+        (1, 'merge "n_average"' + " &0" * 10_000),
+        (1, 'model "' + "\u0378" * 100_000 + '"'),
+        (1, 'model "\U0001f600' + "\u0378" * 100_000 + '"'),
+        (1, "dict " + " ".join(f"{i}=&0" for i in range(3000))),
+        (100_000, ""),
+    ],
+)
+def test_what_is_counted_is_about_the_memory_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, count: int, line: str
+) -> None:
+    text = 'version 0.1.0\nmodel "a"\n' + (line + "\n") * count
+    deserialize_text(text.split("\n", 3)[:3])  # what is made once is no part of it
+    tracemalloc.start()
+    try:
+        deserialize_text(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    peak += parser.text_size(text)
+    monkeypatch.setattr(parser, "_MAX_MEMORY", (peak - 10_000) / 2)
+    assert "the recipe is too large" in failure(text.partition("\n")[2], RecipeSyntaxError)
+    monkeypatch.setattr(parser, "_MAX_MEMORY", peak * 8)
+    deserialize_text(text)
 
 
 def test_position_is_also_given_as_numbers() -> None:

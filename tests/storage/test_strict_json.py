@@ -109,3 +109,16 @@ def test_there_is_room_for_large_models_and_their_checksums(monkeypatch: pytest.
     entries, metadata = parse_header(json.dumps(header, ensure_ascii=False).encode(), 2000, "x")
     assert list(entries) == keys
     assert Checksums.from_text(metadata[CHECKSUMS_KEY], "x").output == sums
+
+
+@pytest.mark.parametrize("name", ["models/\U0001f600", "C:\\udata", "C:\\upscale", "m\u043e"])
+def test_escapes_of_a_text_within_a_text_make_nothing_wide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    keys = {f"model.layers.{n}.mlp.experts.7.down_proj.weight": f"{n:064x}" for n in range(1000)}
+    needed = []
+    for model in ("plain", name):
+        raw = json.dumps({"__metadata__": {CHECKSUMS_KEY: Checksums(keys, {model: keys}).to_text()}}).encode()
+        monkeypatch.setattr(strict_json, "_MAX_MEMORY", 0)
+        with pytest.raises(FileFormatError, match="may take") as caught:
+            parse_object(raw, "x")
+        needed.append(int(str(caught.value).split(" may take ")[1].split()[0]))
+    assert needed[1] < needed[0] + 1000

@@ -7,6 +7,7 @@ goes wrong is reported with line, column, the line and a caret.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -24,10 +25,12 @@ from sd_mecha.units import format_size
 
 VERSION = "0.1.0"
 
-MAX_TEXT = 16 << 20
-"""Characters of a text; one of 100,000 merges has 3.4 million."""
-_MAX_MEMORY = 350 << 20
-_NODE, _CHILD, _VALUE = 500, 100, 700  # bytes that they take, about, however little text asks for them
+MAX_TEXT = 64 << 20
+"""Bytes of a text, in UTF-8 and in memory; one of 100,000 merges has 3.4 million."""
+_MAX_MEMORY = 450_000_000
+# Bytes that they take, about, however little text asks for them: a node; a number that is an argument, which becomes
+# two nodes; a value of a dict; one that is copied; and what each token of a line takes beside until that is read.
+_NODE, _ARGUMENT, _VALUE, _COPY, _TOKEN = 400, 650, 150, 80, 400
 
 T = TypeVar("T")
 
@@ -44,7 +47,8 @@ def deserialize_text(text: str | Sequence[str]) -> RecipeNode:
         RecipeTypeError: a merge method refuses its arguments.
         UnknownNameError: a method, config or merge space is not registered.
     """
-    parser = _Parser()
+    text = _whole(text)
+    parser = _Parser(text_size(text))
     for number, line in enumerate(_lines(text), 1):
         stripped = line.strip(" \t\r")
         if stripped and stripped[0] != "#":
@@ -52,25 +56,41 @@ def deserialize_text(text: str | Sequence[str]) -> RecipeNode:
     return parser.finish()
 
 
-def _lines(text: object) -> list[str]:
+def text_size(text: str) -> int:
+    """Bytes of a text where it takes most: one wide character makes all of it wide in memory."""
+    if text.isascii():
+        return len(text)
+    return max(sys.getsizeof(text), len(text.encode("utf-8", "surrogatepass")))
+
+
+def _whole(text: object) -> str:
     if isinstance(text, (list, tuple)) and all(isinstance(line, str) for line in text):
         text = "\n".join([line.removesuffix("\n") for line in text])
     if not isinstance(text, str):
         raise RecipeTypeError(f"a recipe is read from a str or a list of lines, got {type(text).__name__}")
-    if len(text) > MAX_TEXT:
-        raise RecipeSyntaxError(f"the text has {len(text)} characters; expected at most {MAX_TEXT}")
-    return text.removeprefix("\ufeff").split("\n")
+    if len(text) > MAX_TEXT or text_size(text) > MAX_TEXT:
+        raise RecipeSyntaxError(f"the text has {len(text)} characters; expected at most {MAX_TEXT} bytes")
+    return text
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines one by one: a list of them would take as much memory as the text, and more for empty ones."""
+    start = 1 if text.startswith("\ufeff") else 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 class _Parser:
     """The instructions read so far, and where reading stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
         self._provider = provider.current()
         self._has_version = False
         self._results: list[RecipeNode] = []
         self._methods: dict[str, Method] = {}
-        self._memory = 0
+        self._memory, self._passing = memory, 0
         self._line = ""
         self._number = 0
 
@@ -84,6 +104,10 @@ class _Parser:
     def read(self, line: str, number: int) -> None:
         """Read one line that is neither blank nor a comment."""
         self._line, self._number = line, number
+        # The line, its strings, and what tells the node from others: their repr, which escapes what is not printable.
+        size = sys.getsizeof(line)
+        self._passing = size * (6 if line.isprintable() else 15)
+        self._take(size)
         if not self._has_version:
             self._read_version()
             return
@@ -97,7 +121,7 @@ class _Parser:
             self._fail(f"unknown instruction {command[:40]!r}: expected one of {known}", start + 1)
         node = read(self, split_line(line, end, number), start + 1)
         self._results.append(node)
-        self._take(_NODE + _CHILD * len(node.children))
+        self._take(_NODE)
 
     def _read_version(self) -> None:
         words = self._line.split()
@@ -117,6 +141,7 @@ class _Parser:
                 self._fail("a dict holds key=value pairs, and this has no key", token.column)
             self._check_new(token.name, values, token)
             values[token.name] = self._value(token)
+            self._take(_VALUE, _TOKEN)
         return LiteralRecipeNode(values)
 
     def _read_literal(self, tokens: Iterator[Token], column: int) -> RecipeNode:
@@ -124,7 +149,7 @@ class _Parser:
         node = self._value(target)
         if not isinstance(node, LiteralRecipeNode) or node.model_config is not None or node.merge_space is not None:
             self._fail("a literal takes a reference to a dict instruction, such as &0", target.value_column)
-        self._take(_CHILD * len(node.value_dict))  # it is copied
+        self._take(_COPY * len(node.value_dict), _TOKEN * len(node.value_dict))
         return LiteralRecipeNode(node.value_dict, config, space)
 
     def _read_model(self, tokens: Iterator[Token], column: int) -> RecipeNode:
@@ -144,11 +169,13 @@ class _Parser:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for token in tokens:
+            value = self._value(token)
+            self._take(_COPY if isinstance(value, RecipeNode) else _ARGUMENT, _TOKEN)
             if token.name is None:
-                args.append(self._value(token))
+                args.append(value)
             else:
                 self._check_new(token.name, kwargs, token)
-                kwargs[token.name] = self._value(token)
+                kwargs[token.name] = value
         try:
             return method(*args, **kwargs)
         except UnknownNameError as error:
@@ -200,22 +227,22 @@ class _Parser:
         if name in found:
             self._fail(f"{name!r} is given twice", token.column)
 
-    def _take(self, memory: int) -> None:
+    def _take(self, memory: int, passing: int = 0) -> None:
+        """Count bytes: those that stay, and those that are free again after the line."""
         self._memory += memory
-        if self._memory > _MAX_MEMORY:
+        self._passing += passing
+        if self._memory + self._passing > _MAX_MEMORY:
             message = f"the recipe is too large: up to here it takes more than {format_size(_MAX_MEMORY)} of memory"
             raise RecipeSyntaxError(message, line=self._number)
 
     def _value(self, token: Token) -> RecipeNode | Scalar:
         if token.string is not None:
-            self._take(_VALUE)
             return token.string
         try:
             value = parse_bare(token.bare)
         except ValueError as error:
             self._fail(str(error), token.value_column)
         if not isinstance(value, Ref):
-            self._take(_VALUE)
             return value
         count = len(self._results)
         if 0 <= value < count:

@@ -26,13 +26,16 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _MAX_CONFIG = 10_000_000
 _MAX_PATTERN = 200
-_MAX_WORK = 200_000_000  # steps, of some 20 ns, to match expressions with the names of modules
-_EXPRESSION, _MATCH = 20_000, 50  # steps to compile an expression, and to begin to match it
+_MAX_WORK = 1_000_000_000  # steps, of some 4 ns, to match expressions with the names of modules
+_EXPRESSION, _MATCH = 100_000, 100  # steps to compile an expression, and to begin to match it
+_COUNT = 1000  # steps to count how far a repeat may go in a name
 _PLAIN = re.compile(r"\^?[\w.-]+")
 _RANKED = re.compile(r"(.+)\.(?:lora_A|lora_embedding_A|hada_w1_b|lokr_w1_b|lokr_w2_b)(?:\.weight|\.\w+)?")
 _WHOLE = re.compile(r"(.+)\.lokr_w1(?:\.\w+)?")
 _WRAPPER = "base_model.model."
-_ENDLESS = re.compile(r"\)[*+?{]|\(\?(?![:=!])")  # groups that repeat, and those with rules of their own
+_ENDLESS = re.compile(r"\)[*+?{]|\(\?(?!<?[=!]|:)")  # groups that repeat, and those with rules of their own
+_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<?[:=!]|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL)
+_REPEAT = re.compile(r"[*+?]|\{\d*,?\d*\}")
 
 _logger = logging.getLogger("sd_mecha")
 
@@ -153,21 +156,17 @@ def _own_alphas(patterns: Any, names: list[str], source: str) -> dict[str, float
         _fail(source, "alpha_pattern", patterns, "an object of names and numbers")
     plain: dict[str, tuple[int, float]] = {}
     expressions: list[tuple[re.Pattern[str], tuple[int, float]]] = []
-    length, dots = (max(map(count, names), default=0) for count in (len, lambda name: name.count(".")))
-    work = 0
+    effort = _Effort(names)
     for place, (pattern, value) in enumerate(patterns.items()):
         found = place, _number(value, "alpha_pattern", source)
         if len(pattern) <= _MAX_PATTERN and _PLAIN.fullmatch(pattern):
             plain[pattern] = found
             continue
         if len(pattern) <= _MAX_PATTERN and not _ENDLESS.search(pattern):
-            work += _EXPRESSION + len(names) * (_MATCH + length + (dots + 1) * _ways(pattern, length))
-            if work <= _MAX_WORK:
-                try:
-                    expressions.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), found))
-                    continue
-                except re.error:
-                    pass
+            expression = effort.compile(pattern)
+            if expression is not None:
+                expressions.append((expression, found))
+                continue
         _fail(source, "alpha_pattern", pattern, "the end of a module's name, or a simple expression for it")
     own = {}
     for name in names:
@@ -180,12 +179,67 @@ def _own_alphas(patterns: Any, names: list[str], source: str) -> dict[str, float
     return own
 
 
-def _ways(pattern: str, length: int) -> int:
-    """In how many ways, at most, an expression may be tried on a text of that length before it fails."""
-    repeats = sum(map(pattern.count, "*+{"))
-    groups = max(pattern.count("("), 1)
-    options = pattern.count("?") - pattern.count("(?")
-    return int(math.comb(length + repeats, repeats) * (pattern.count("|") + 1) ** groups * 2**options)
+class _Effort:
+    """What it takes, at most, to match expressions with names: those that might take too long are not compiled."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._length = max(map(len, names), default=0)
+        self._steps = 0
+        self._stops: dict[tuple[str, str], int] = {}
+
+    def compile(self, pattern: str) -> re.Pattern[str] | None:
+        """None for what is no expression, or takes too long."""
+        if not self._take(_EXPRESSION):
+            return None
+        try:
+            expression = re.compile(rf"(?:.*\.)?(?:{pattern})$")
+            ways = 1 + self._ways(rf".*\.(?:{pattern})" if "|" in pattern else rf".*\.{pattern}")
+        except re.error:
+            return None
+        step = 1 + (len(pattern) + self._length) // 16
+        return expression if self._take(len(self._names) * (_MATCH + ways * step)) else None
+
+    def _take(self, steps: int) -> bool:
+        self._steps += steps
+        return self._steps <= _MAX_WORK
+
+    def _ways(self, pattern: str) -> int:
+        """In how many ways, at most, an expression without repeated groups may be tried before it fails."""
+        ways, options = 1, [1]
+        literal = repeat = ""  # what follows a piece
+        for piece in reversed(_PIECE.findall(pattern)):
+            if _REPEAT.match(piece):
+                repeat = piece
+            elif repeat:
+                ways *= min(self._most_stops(piece, literal), 2 if repeat[0] == "?" else _MAX_WORK)
+                literal = repeat = ""
+            elif piece.isalnum() or piece in "_-" or (piece[0] == "\\" and not piece[1].isalnum()):
+                literal = piece[-1] + literal
+            else:
+                literal = ""
+                if piece == ")":
+                    options.append(1)
+                elif piece == "|":
+                    options[-1] += 1
+                elif piece[0] == "(":
+                    ways *= options.pop()
+        return ways * options[0]
+
+    def _most_stops(self, piece: str, literal: str) -> int:
+        """How often, in any one name, the literal text can follow a repeated piece that began at one place."""
+        found = self._stops.get((piece, literal))
+        if found is None:
+            if not self._take(_COUNT * len(self._names)):
+                return _MAX_WORK
+            run, stop = re.compile(f"(?:{piece})+"), re.compile(f"(?={re.escape(literal)})")
+            ends = (
+                len(stop.findall(name, span.start(), span.end() + len(literal)))
+                for name in self._names
+                for span in run.finditer(name)
+            )
+            found = self._stops[piece, literal] = max(ends, default=0) + 1
+        return found
 
 
 def _number(value: Any, name: str, source: str) -> float:

@@ -13,6 +13,9 @@ from sd_mecha.storage.foreign import BEFORE_TEXT
 _MAX_MEMORY = 480_000_000  # bytes; 100,000 tensors and what is known of them take about 250 million
 _VALUE = 150  # bytes per value at most, for the objects, the tables they are in, and what a reader makes of them
 _MAX_DIGITS = 20  # of 2**64; longer numbers cost quadratic time and mean nothing here
+# Behind an even number of backslashes, as those of a JSON text within a text are none.
+_ESCAPE = re.compile(rb"\\(?<!\\\\)(?:\\\\)*u")
+_SURROGATE = re.compile(rb"\\(?<!\\\\)(?:\\\\)*u[dD][89a-fA-F]")
 
 
 class _Brief(reprlib.Repr):
@@ -78,7 +81,7 @@ def _check_memory(raw: bytes, source: str) -> None:
     width = 1  # bytes that a character may take in memory: one wide character makes all of its text wide
     if _has_surrogates(raw) or (not raw.isascii() and re.search(rb"[\xf0-\xff]", raw)):
         width = 4
-    elif not raw.isascii() or b"\\u" in raw:
+    elif not raw.isascii() or (b"\\u" in raw and _ESCAPE.search(raw)):
         width = 2
     needed = len(raw) * (1 + 3 * width) + values * _VALUE
     if needed > _MAX_MEMORY:
@@ -89,7 +92,7 @@ def _check_memory(raw: bytes, source: str) -> None:
 
 
 def _has_surrogates(raw: bytes) -> bool:
-    return b"\\ud" in raw or b"\\uD" in raw
+    return (b"\\ud" in raw or b"\\uD" in raw) and _SURROGATE.search(raw) is not None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

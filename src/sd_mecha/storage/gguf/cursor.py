@@ -38,7 +38,7 @@ CHECKSUMS = "mecha.checksums"
 """Key of the checksums of its tensors, and of those that it was made from."""
 WRITTEN = "mecha.dtypes"
 """Key of the dtypes, in one text, that the floats of a file had before they took the form in which it stores them."""
-_MAX_TEXTS = {RECIPE: 16 << 20, CHECKSUMS: MAX_HEADER}  # where that is more
+_MAX_TEXTS = {RECIPE: MAX_HEADER, CHECKSUMS: MAX_HEADER}  # where that is more
 
 
 class Cursor:
