@@ -126,8 +126,8 @@ def test_links_to_weights_that_cannot_be_read_are_not_followed(folder: Path, cap
 
 def test_a_component_may_be_a_link(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file({"w": torch.ones(2)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
-    (folder / "unet").rename(folder.parent / "shared")
-    (folder / "unet").symlink_to("../shared", target_is_directory=True)
+    (folder / "unet").rename(folder.parent / "elsewhere")
+    (folder / "unet").symlink_to("../elsewhere", target_is_directory=True)
     averaged(folder, output=f"{folder.parent}/out/")
     assert (folder.parent / "out" / "unet" / "config.json").is_file()
     assert sd_mecha.verify(folder.parent / "out", against="embedded").ok
