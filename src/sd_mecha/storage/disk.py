@@ -11,6 +11,9 @@ from sd_mecha.errors import OutputError
 from sd_mecha.storage.capabilities import capabilities
 from sd_mecha.storage.locks import Held
 
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""What the system says of a disk, or of a user's share of it, that is full."""
+
 
 @contextlib.contextmanager
 def reporting(output: str, what: str) -> Iterator[None]:
@@ -35,7 +38,7 @@ def refusal(output: str, what: str, error: OSError | ValueError) -> OutputError:
 def _next_step(error: OSError | ValueError, code: int | None) -> str:
     if isinstance(error, Held):
         return "wait for it, or choose another name"
-    if code in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    if code in NO_ROOM:
         return "free some space or choose another folder"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check the permissions, close programs that use it, or choose another folder"

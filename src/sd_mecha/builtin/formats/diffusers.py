@@ -12,7 +12,6 @@ from sd_mecha.extensions.model_formats import LocationFormat, OutputRequest, reg
 from sd_mecha.storage.contract import Reader, TensorEntry
 from sd_mecha.storage.folders.joined import close_all, join_components
 from sd_mecha.storage.folders.pipelines import (
-    PIPELINE,
     component_weights,
     components,
     is_pipeline,
@@ -22,7 +21,7 @@ from sd_mecha.storage.folders.pipelines import (
 )
 from sd_mecha.storage.folders.sharded import files_of, stem_of
 from sd_mecha.storage.folders.sharded_writer import Part, ShardedWriter, SideFile
-from sd_mecha.storage.folders.side_files import side_files
+from sd_mecha.storage.folders.side_files import PIPELINE, side_files
 from sd_mecha.storage.locations import Location
 
 _logger = logging.getLogger("sd_mecha")

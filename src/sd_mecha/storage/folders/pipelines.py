@@ -11,13 +11,10 @@ from typing import Any
 
 from sd_mecha.errors import FileFormatError
 from sd_mecha.storage.folders.sharded import find_weights
-from sd_mecha.storage.folders.side_files import CONFIG
+from sd_mecha.storage.folders.side_files import CONFIG, PIPELINE
 from sd_mecha.storage.foreign import BEFORE_TEXT
 from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.storage.strict_json import brief, parse_object
-
-PIPELINE = "model_index.json"
-"""What makes a folder a pipeline."""
 
 _MADE = "_sd_mecha_made"
 """Key of a text: the components that a merge made, as against those that it copied.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 from sd_mecha.errors import OutputError
 from sd_mecha.storage.contract import ByteSource, TensorEntry
-from sd_mecha.storage.disk import refusal
+from sd_mecha.storage.disk import NO_ROOM, refusal
 from sd_mecha.storage.files import descriptor_limit
 from sd_mecha.storage.folders.output_folder import OutputFolder
 from sd_mecha.storage.folders.sharded import is_known_weights
@@ -22,7 +21,6 @@ from sd_mecha.units import such_as
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one file, where the user says nothing."""
 _logger = logging.getLogger("sd_mecha")
-_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _MAX_TEXT = 2_000_000  # characters of metadata in an index, whose readers bound its size
 
 
@@ -250,7 +248,7 @@ class ShardedWriter:
             shard.open.declare(shard.entries, metadata)
         except OutputError as error:
             reason = error.__cause__
-            if not isinstance(reason, OSError) or reason.errno not in _NO_ROOM:
+            if not isinstance(reason, OSError) or reason.errno not in NO_ROOM:
                 raise
             size = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
             raise refusal(self.name, f"has no room for {size} bytes", reason) from reason

@@ -19,11 +19,13 @@ from sd_mecha.storage.locations import LocalLocation, Location
 from sd_mecha.units import such_as
 
 CONFIG = "config.json"
+PIPELINE = "model_index.json"
+"""What makes a folder a pipeline."""
+
 MAX_SIDE_FILE = 64 << 20
 """Bytes; what is larger is no side file. The largest tokenizers have half of that."""
 
 _MAX_CONFIG = 4 << 20  # bytes; in memory they may be thirty times as many
-_PIPELINE = "model_index.json"
 _DEPTH = 3  # folders within folders
 _MOST = 1000
 _WEIGHTS = re.compile(
@@ -35,7 +37,7 @@ _HASH = re.compile(r"[0-9a-f]+(-\d+)?")  # what a hub's cache calls its files
 _PLAIN = re.compile(r"[^.\\:/][^\\:/]*")  # names that are names on every system, and not hidden
 _CACHES = frozenset({"__pycache__", "cache", "onnx", "openvino", "runs", "wandb", "logs"})
 _USUAL = (
-    CONFIG, _PIPELINE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    CONFIG, PIPELINE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
     "scheduler_config.json", "README.md", "LICENSE",
@@ -104,7 +106,7 @@ def _ownership(folder: Location) -> Callable[[Path], bool]:
     """What says whether a path leads to a file of the model in a folder."""
     if not isinstance(folder, LocalLocation):
         return lambda path: True
-    in_pipeline = folder.parent().child(_PIPELINE).is_file()
+    in_pipeline = folder.parent().child(PIPELINE).is_file()
     top = Path(os.path.realpath(folder.path.parent if in_pipeline else folder.path))
     blobs = [at.parents[1] / "blobs" for at in (top, *top.parents) if at.parent.name == "snapshots"]
     caches = {Path(os.path.realpath(place)) for place in blobs}
@@ -124,7 +126,7 @@ def _ownership(folder: Location) -> Callable[[Path], bool]:
 def _is_component(folder: LocalLocation) -> bool:
     """Whether the pipeline around a folder names it, and it looks like a part of a model, not like somebody's files."""
     try:
-        listing = json.loads(folder.parent().child(_PIPELINE).read(_MAX_CONFIG))
+        listing = json.loads(folder.parent().child(PIPELINE).read(_MAX_CONFIG))
     except (ValueError, RecursionError, MechaError):
         return False
     value = listing.get(folder.basename) if isinstance(listing, dict) else None
