@@ -39,7 +39,8 @@ def test_weights_indexes_caches_and_hidden_files_stay_behind(tmp_path: Path) -> 
     put(tmp_path, *kept)
     put(
         tmp_path, "model.safetensors", "x.BIN", "y.gguf", "model.safetensors.index.json", ".git/config", ".env",
-        "pytorch_model.bin.index.fp16.json", "__pycache__/x.pyc", "onnx/config.json", "a/b/c/d/too_deep.txt",
+        "pytorch_model.bin.index.fp16.json", "model.safetensors.index.8-bit.json",
+        "__pycache__/x.pyc", "onnx/config.json", "a/b/c/d/too_deep.txt",
     )  # fmt: skip
     assert names(tmp_path) == kept
 

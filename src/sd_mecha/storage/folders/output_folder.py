@@ -39,7 +39,7 @@ _MARKS = (_PART, _BOTH, _SWAP)
 _SAID_SIZE = 28  # that, and the inode of the new folder; written in one go
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux' renameat2
 _IS_MODEL = re.compile(
-    r"config\.json|model_index\.json|.*\.index(\.\w+)?\.json|adapter_config\.json"
+    r"config\.json|model_index\.json|.*\.index(\.[\w-]+)?\.json|adapter_config\.json"
     r"|(model|diffusion_pytorch_model|adapter_model)\b.*\.safetensors|pytorch_model.*\.bin"
 )
 

@@ -30,7 +30,7 @@ _DEPTH = 3  # folders within folders
 _MOST = 1000
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|pb|tflite|ot|npz|npy|part|tmp)"
-    r"|.*\.index(\.\w+)?\.json",
+    r"|.*\.index(\.[\w-]+)?\.json",
     re.IGNORECASE,
 )
 _HASH = re.compile(r"[0-9a-f]+(-\d+)?")  # what a hub's cache calls its files
